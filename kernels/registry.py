@@ -1,0 +1,233 @@
+"""Which implementation of an operation runs: one table an operation, one rule, one way to ask why.
+
+Knows tensors, devices and installed packages; does not know models, requests or files.
+
+An operation lists its implementations from the fastest to the plainest; the first whose needs the machine and the
+arguments meet is run. Above the reference stands a `torch` row: what a good PyTorch programmer would write. The
+reference comes last, needs nothing, takes float64 and is what every other implementation is tested against.
+
+Force one with `with use(layer_norm="reference"):` or `MISS_KERNELS=layer_norm=reference,attention=torch`.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
+ALL_FLOATS = FLOATS | {torch.float64}
+HALVES = frozenset({torch.float16, torch.bfloat16})
+
+OPS: dict[str, "Op"] = {}
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation and what it needs.
+
+    `run` imports the module that holds it, so that what this machine cannot run is never imported.
+    `composite` says that it is made of PyTorch operations alone: autograd sees through it, so that a call that needs
+    gradients may run it directly instead of going through the opaque custom operator.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    device: str | None = None
+    capability: tuple[int, int] = (0, 0)
+    dtypes: frozenset[torch.dtype] = FLOATS
+    requires: str | None = None  # a module that must be installed
+    limits: Callable[..., str | None] | None = None  # shapes, strides, options: None, or why not
+    composite: bool = False
+
+
+class Forced:
+    """What `use()` and MISS_KERNELS ask for, checked against the tables.
+
+    `use()` is a process-wide stack, not a context variable: autograd runs backward on threads of its own, and those
+    must obey the `with` block that the forward pass stood in (a context variable is empty there).
+    """
+
+    def __init__(self, environment: str = "") -> None:
+        self._environment = parse_choice(environment)
+        self._stack: list[dict[str, str]] = []
+        self._lock = threading.Lock()
+
+    def get(self, op: str) -> str | None:
+        for choice in reversed(self._stack):
+            if op in choice:
+                return choice[op]
+        return self._environment.get(op)
+
+    def push(self, choice: dict[str, str]) -> None:
+        check_choice(choice)
+        with self._lock:
+            self._stack = [*self._stack, choice]
+
+    def remove(self, choice: dict[str, str]) -> None:
+        with self._lock:
+            self._stack = [c for c in self._stack if c is not choice]
+
+    def check_environment(self, op: "Op") -> None:
+        """Called as each table registers, so that a wrong implementation name fails at import, not never."""
+        if op.name in self._environment:
+            check_choice({op.name: self._environment[op.name]})
+
+    def unknown_in_environment(self) -> list[str]:
+        return sorted(set(self._environment) - set(OPS))
+
+
+def parse_choice(text: str) -> dict[str, str]:
+    """`"op=implementation,op=implementation"` as a dictionary.
+
+    Raises:
+        ValueError: a part is not of that form.
+    """
+    choice: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, equals, impl = part.partition("=")
+        if not (op and equals and impl):
+            raise ValueError(
+                f'MISS_KERNELS: got "{part}"; wanted op=implementation[,op=implementation …], '
+                f"for example layer_norm=reference"
+            )
+        choice[op] = impl
+    return choice
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def check_choice(choice: dict[str, str]) -> None:
+    """Raises ValueError where an operation or an implementation is not known, naming the ones that are."""
+    for name, impl in choice.items():
+        if name not in OPS:
+            raise ValueError(f"no operation named {name}{_did_you_mean(name, list(OPS))}; known: {', '.join(OPS)}")
+        known = [i.name for i in OPS[name].impls]
+        if impl not in known:
+            raise ValueError(
+                f"{name} has no implementation named {impl}{_did_you_mean(impl, known)}; known: {', '.join(known)}"
+            )
+
+
+_forced = Forced(os.environ.get("MISS_KERNELS", ""))
+
+
+@contextlib.contextmanager
+def use(**choice: str) -> Iterator[None]:
+    """Run the named implementations inside this block, in every thread: `with use(layer_norm="reference"): …`
+
+    Forcing `op` forces its backward table (`op_backward`) too wherever that has an implementation of the name.
+
+    Raises:
+        ValueError: an operation or implementation of that name is not known.
+    """
+    for op in list(choice):
+        twin = f"{op}_backward"
+        if twin in OPS and twin not in choice and choice[op] in {i.name for i in OPS[twin].impls}:
+            choice[twin] = choice[op]
+    _forced.push(choice)
+    try:
+        yield
+    finally:
+        _forced.remove(choice)
+
+
+@functools.cache
+def _misfit(impl: Impl, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot serve this device and dtype; None where it can."""
+    if impl.device is not None and device.type != impl.device:
+        return f"needs a {impl.device} tensor, got {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < impl.capability:
+        return f"needs compute capability {impl.capability}, got {torch.cuda.get_device_capability(device)}"
+    if dtype not in impl.dtypes:
+        return f"does not take {str(dtype).removeprefix('torch.')}"
+    if impl.requires is not None and importlib.util.find_spec(impl.requires) is None:
+        return f"needs the package {impl.requires}, which is not installed"
+    return None
+
+
+class Op:
+    """An operation and its implementations, the fastest first and the reference last."""
+
+    def __init__(self, name: str, *impls: Impl) -> None:
+        assert impls[-1].name == "reference", f"{name}: the last implementation must be the reference"
+        assert name not in OPS, f"{name} is registered twice"
+        assert len({i.name for i in impls}) == len(impls), f"{name}: two implementations of one name"
+        self.name, self.impls = name, impls
+        OPS[name] = self
+        _forced.check_environment(self)
+
+    def why_not(self, impl: Impl, *args: Any) -> str | None:
+        """Why `impl` cannot serve these arguments (device and dtype are the first tensor's); None where it can."""
+        first = next(a for a in args if isinstance(a, Tensor))
+        return _misfit(impl, first.device, first.dtype) or (impl.limits(*args) if impl.limits else None)
+
+    def select(self, *args: Any) -> Impl:
+        """The implementation that runs for these arguments.
+
+        Raises:
+            NotImplementedError: none fits (or the forced one does not); the message gives each one's reason.
+        """
+        forced = _forced.get(self.name)
+        for impl in self.impls:
+            if forced in (None, impl.name) and not self.why_not(impl, *args):
+                return impl
+        raise NotImplementedError(self.explain(*args))
+
+    def explain(self, *args: Any) -> str:
+        """A line an implementation: `fits`, or why not."""
+        forced = _forced.get(self.name)
+        shown = ", ".join(
+            f"{tuple(a.shape)} {str(a.dtype).removeprefix('torch.')} {a.device}" for a in args if isinstance(a, Tensor)
+        )
+        lines = [f"{self.name}({shown}):"]
+        for impl in self.impls:
+            reason = self.why_not(impl, *args)
+            if not reason and forced not in (None, impl.name):
+                reason = f"not asked for: {forced} is forced"
+            lines.append(f"  {impl.name:<10} {reason or 'fits'}")
+        return "\n".join(lines)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.select(*args).run(*args)
+
+    def call(self, custom_op: Callable[..., Any], *args: Any) -> Any:
+        """The way a public function runs its operation.
+
+        Directly where nothing is recorded or autograd sees through the chosen implementation (a custom operator costs
+        about 9 us a call on CPU); through the custom operator where gradients need its backward, or under
+        torch.compile, which must see one opaque node instead of this choice.
+        """
+        if torch.compiler.is_compiling():
+            return custom_op(*args)
+        impl = self.select(*args)
+        if impl.composite or not (
+            torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        ):
+            return impl.run(*args)
+        return custom_op(*args)
+
+
+def autocast_to(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor | None, ...]:
+    """Under autocast, floating tensors in `dtype` (the autocast dtype where None); unchanged outside of it.
+
+    Linears, attention and MLP take the autocast dtype; norms and losses pass `dtype=torch.float32`.
+    float64 is left alone, as PyTorch's own autocast does.
+    """
+    first = next((t for t in tensors if t is not None), None)
+    if first is None or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    target = dtype or torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(target) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
