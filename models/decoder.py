@@ -1,0 +1,78 @@
+"""The answer decoder: a causal BERT over question states, with a language-model head tied to its word table.
+
+Knows token ids, projected question states and the cache's tensors; does not know how a next token is chosen.
+
+Shapes: R rows, T answer length, Q questions, C width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from miss.kernels.cross_attention import KV
+from miss.models.cache import KVCache
+from miss.models.config import TextConfig
+from miss.models.cross_kv import CrossKV
+from miss.models.layers import LayerNorm, TextEmbeddings, TextLayer, mix
+from miss.models.linear import Linear
+
+
+class LanguageModelHead(nn.Module):
+    """dense, GELU, norm; then the vocabulary product, whose matrix is the word table of the embeddings."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.transform = Linear(config.hidden_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, C) -> (…, C), what the vocabulary matrix is multiplied with."""
+        return self.norm(self.transform.gelu(x))
+
+
+class AnswerDecoder(nn.Module):
+    """The JTM's stack made causal; its cross-attention reads the states of the question, never the image."""
+
+    def __init__(self, config: TextConfig, embeddings: TextEmbeddings | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = embeddings or TextEmbeddings(config)
+        self.cross_kv = CrossKV(config)
+        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_layers))
+        self.head = LanguageModelHead(config)
+
+    def forward(
+        self,
+        ids: Tensor,
+        question_kv: list[KV],
+        question_index: Tensor,
+        question_lengths: Tensor | None,
+        lengths: Tensor | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """States (R, T, C) of whole answers, teacher-forced: ids int64 (R, T); row r reads question_index[r]."""
+        x = self.embeddings(ids, seed=seed)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, lengths, question_kv[i], question_index, question_lengths, causal=True, seed=mix(seed, i))
+        return x
+
+    def step(self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, question_index: Tensor) -> Tensor:
+        """Logits (R, V) after one more token a row.
+
+        Args:
+            tokens: int64 (R,), written to the cache.
+            slots: int32 (R,), the row's answer slot.
+            positions: int32 (R,), the token's position: 0 for [DEC].
+            question_index: int32 (R,), the row's question slot, non-decreasing: beams of a question stand together.
+        """
+        x = self.embeddings(tokens, positions.long())
+        for i, layer in enumerate(self.layers):
+            x = layer.step(
+                x, cache.layer(i), slots, positions, cache.question(i), question_index, cache.question_lengths
+            )
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """States (…, C) to logits (…, V)."""
+        return F.linear(self.head(x), self.embeddings.word.weight, self.head.bias)

@@ -1,0 +1,209 @@
+"""The blocks that the two transformers share: norms, MLP, self-attention, and one post-norm text layer.
+
+Knows the architecture of a layer; does not know which implementation of an operation runs, or how rows are batched.
+
+Shapes: B batch (images or text rows), T text, N patches or keys, H heads, D head width, C width, L cache length.
+"""
+
+from torch import Tensor, nn
+
+from miss.kernels.attention import attention
+from miss.kernels.cross_attention import KV, cross_attention
+from miss.kernels.decode_attention import decode_attention
+from miss.kernels.kv_cache import kv_append
+from miss.kernels.layer_norm import add_layer_norm, layer_norm
+from miss.models.cache import LayerCache
+from miss.models.config import TextConfig
+from miss.models.linear import Linear
+
+
+def mix(seed: int | None, site: int) -> int | None:
+    """A dropout seed for `site` from the step's seed: splitmix64's finaliser, so that neighbours are unrelated."""
+    if seed is None:
+        return None
+    z = (seed + (site + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) >> 1  # non-negative in an int64
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization over the last dimension, alone or after adding a residual."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(Tensor(width)), nn.Parameter(Tensor(width)), eps
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor, dropout: float = 0.0, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum) with sum = residual + dropout(x); nothing is dropped without a seed."""
+        p = dropout if seed is not None else 0.0
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, p, seed)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.input = Linear(width, inner)
+        self.output = Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.input.gelu(x))
+
+
+class TextMlp(Mlp):
+    """An MLP with the norm that follows it in a post-norm layer."""
+
+    def __init__(self, width: int, inner: int, eps: float) -> None:
+        super().__init__(width, inner)
+        self.norm = LayerNorm(width, eps)
+
+
+class SelfAttention(nn.Module):
+    """Projection to Q, K and V in one product, attention, output projection. The norm stands beside it."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width)
+        self.output = Linear(width, width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (…, C) -> q, k, v (…, H, D), views of one product."""
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = heads.unbind(-3)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        causal: bool = False,
+        dropout: float = 0.0,
+        seed: int | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C); keys past `lengths` (B,) are not attended to."""
+        q, k, v = self.project(x)
+        out = attention(q, k, v, lengths, causal, None, dropout if seed is not None else 0.0, seed)
+        return self.output(out.flatten(-2))
+
+    def step(self, x: Tensor, cache: LayerCache, slots: Tensor, positions: Tensor) -> Tensor:
+        """One new token a row: x (B, C) at `positions` (B,) of cache `slots` (B,), appended, then attended over."""
+        q, k, v = self.project(x)
+        kv_append(cache.k, cache.v, k, v, slots, positions)
+        return self.output(decode_attention(q, cache.k, cache.v, slots, positions + 1).flatten(-2))
+
+
+class TextSelfAttention(SelfAttention):
+    def __init__(self, width: int, num_heads: int, eps: float) -> None:
+        super().__init__(width, num_heads)
+        self.norm = LayerNorm(width, eps)
+
+
+class CrossAttention(nn.Module):
+    """Queries from text over keys and values that were projected elsewhere (`CrossKV`), once for all layers."""
+
+    def __init__(self, width: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = Linear(width, width)
+        self.output = Linear(width, width)
+        self.norm = LayerNorm(width, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        source: KV,
+        index: Tensor,
+        lengths: Tensor | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
+    ) -> Tensor:
+        """x (R, T, C) over `source` (I, N, H, D); row r reads source `index[r]` (R,), its first `lengths` (I,) keys."""
+        q = self.query(x).unflatten(-1, (self.num_heads, -1))
+        out = cross_attention(q, source, index, lengths, None, dropout if seed is not None else 0.0, seed)
+        return self.output(out.flatten(-2))
+
+
+class TextLayer(nn.Module):
+    """Self-attention, cross-attention (skipped where there is no source) and MLP, each followed by add and norm."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
+        self.self_attention = TextSelfAttention(width, config.num_heads, eps)
+        self.cross_attention = CrossAttention(width, config.num_heads, eps)
+        self.mlp = TextMlp(width, config.intermediate_size, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        source: KV | None,
+        index: Tensor | None,
+        source_lengths: Tensor | None = None,
+        causal: bool = False,
+        seed: int | None = None,
+    ) -> Tensor:
+        """x (R, T, C) -> (R, T, C)."""
+        attended = self.self_attention(x, lengths, causal, self.attention_dropout, mix(seed, 0))
+        x, _ = self.self_attention.norm.add(attended, x, self.dropout, mix(seed, 1))
+        if source is not None:
+            assert index is not None, "a cross-attention source comes with the rows' index into it"
+            read = self.cross_attention(x, source, index, source_lengths, self.attention_dropout, mix(seed, 2))
+            x, _ = self.cross_attention.norm.add(read, x, self.dropout, mix(seed, 3))
+        return self._mlp(x, seed)
+
+    def step(
+        self,
+        x: Tensor,
+        cache: LayerCache,
+        slots: Tensor,
+        positions: Tensor,
+        source: KV,
+        index: Tensor,
+        source_lengths: Tensor | None,
+    ) -> Tensor:
+        """One new token a row through the layer: x (R, C) -> (R, C)."""
+        x, _ = self.self_attention.norm.add(self.self_attention.step(x, cache, slots, positions), x)
+        read = self.cross_attention(x[:, None], source, index, source_lengths)[:, 0]
+        x, _ = self.cross_attention.norm.add(read, x)
+        return self._mlp(x, None)
+
+    def _mlp(self, x: Tensor, seed: int | None) -> Tensor:
+        return self.mlp.norm.add(self.mlp(x), x, self.dropout, mix(seed, 4))[0]
+
+
+class TextEmbeddings(nn.Module):
+    """Words plus positions, normalised. No token types: the joint encoder tells its modes apart by the first token."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_positions, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, seed: int | None = None) -> Tensor:
+        """ids (…, T) -> (…, T, C); `positions` (broadcast against ids) default to 0 … T-1.
+
+        Raises:
+            ValueError: more tokens than the position table has rows.
+        """
+        if positions is None:
+            if ids.shape[-1] > self.position.num_embeddings:
+                raise ValueError(
+                    f"{ids.shape[-1]} tokens; the position table has {self.position.num_embeddings}: shorten the text"
+                )
+            where = self.position.weight[: ids.shape[-1]]
+        else:
+            where = self.position(positions)
+        x = self.norm(self.word(ids) + where)
+        return nn.functional.dropout(x, self.dropout) if seed is not None and self.dropout else x

@@ -1,0 +1,33 @@
+"""The linear layers of the models: full-precision and quantized, behind one call.
+
+Knows weights and the operations that apply them; does not know which layers are quantized, or why.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from miss.kernels.gelu_mlp import gelu_mlp
+from miss.kernels.quant_linear import PackedWeight, quant_linear
+
+
+class Linear(nn.Linear):
+    """`y = x W^T + b` with x (…, in_features) and y (…, out_features) in x's dtype."""
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """`gelu(x W^T + b)`, exact (erf), as one operation."""
+        return gelu_mlp(x, self.weight, self.bias)
+
+
+class QuantLinear(nn.Module):
+    """`Linear` over a packed int8 or int4 weight. For inference: the weight has no gradient."""
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quant_linear(x, self.packed, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(self(x))

@@ -1,0 +1,117 @@
+"""The image encoder: a pre-norm Vision Transformer that returns every token, [CLS] first.
+
+Knows pixels and patches; does not know files, resizing, or what reads the tokens.
+
+Shapes: I images, N patches, C width, P patch size.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from miss.kernels.patch_embed import patch_embed
+from miss.models.config import PreprocessConfig, VisionConfig
+from miss.models.layers import LayerNorm, Mlp, SelfAttention
+
+
+class PatchEmbed(nn.Module):
+    """uint8 pixels to patch tokens: normalise, cut, project. weight (C, 3, P, P), bias (C,)."""
+
+    def __init__(self, config: VisionConfig, preprocess: PreprocessConfig) -> None:
+        super().__init__()
+        shape = (config.hidden_size, 3, config.patch_size, config.patch_size)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        self._affine = preprocess.affine
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels uint8 or float (I, height, width, 3), not normalised -> (I, N, C)."""
+        scale, shift = self.affine(pixels.device)
+        return patch_embed(pixels, self.weight, self.bias, scale, shift)
+
+    def affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Normalisation as fp32 (3,) tensors. Not buffers: `model.to(bfloat16)` would round them by up to 0.4 %."""
+        if device not in self._on_device:
+            scale, shift = (torch.tensor(values, dtype=torch.float32, device=device) for values in self._affine)
+            self._on_device[device] = scale, shift
+        return self._on_device[device]
+
+
+class VisionBlock(nn.Module):
+    """norm, self-attention, add; norm, MLP, add. `drop_path`: the chance that a branch is left out for an image."""
+
+    def __init__(self, config: VisionConfig, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = SelfAttention(config.hidden_size, config.num_heads)
+        self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (I, 1 + N, C) -> the same shape."""
+        h, x = self.norm2.add(self._branch(self.attention(self.norm1(x))), x)
+        return x + self._branch(self.mlp(h))
+
+    def _branch(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = 1 - self.drop_path
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep
+        return x * (kept.to(x.dtype) / keep)
+
+
+class VisionTransformer(nn.Module):
+    """ViT of `VisionConfig`: pixels (I, height, width, 3) -> tokens (I, 1 + N, C)."""
+
+    def __init__(self, config: VisionConfig, preprocess: PreprocessConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config, preprocess)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_positions, config.hidden_size))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.position_embedding, std=0.02)
+        rates = torch.linspace(0, config.drop_path, config.num_layers).tolist()
+        self.blocks = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels uint8 or float (I, height, width, 3); height and width multiples of the patch size.
+
+        Raises:
+            ValueError: height or width is not a multiple of the patch size.
+        """
+        x = self.patch_embed(pixels)
+        patch = self.config.patch_size
+        positions = self.positions((pixels.shape[1] // patch, pixels.shape[2] // patch)).to(x.dtype)
+        x = torch.cat([(self.cls_token.to(x.dtype) + positions[:, :1]).expand(len(x), -1, -1), x + positions[:, 1:]], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table (1, 1 + N, C) for a grid of (rows, columns) patches."""
+        return interpolate_positions(self.position_embedding, grid)
+
+
+def interpolate_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A learned position table (1, 1 + n*n, C) on another grid of patches, bicubic; [CLS]'s row is kept.
+
+    `align_corners=False`, no antialiasing, as in BLIP (`interpolate_pos_embed`) and DINOv2. In float32 for halves.
+
+    Raises:
+        ValueError: the table is not that of a square grid.
+    """
+    side = round((table.shape[1] - 1) ** 0.5)
+    if side * side + 1 != table.shape[1]:
+        raise ValueError(f"a position table of {table.shape[1]} rows is not one [CLS] row and a square grid of patches")
+    if grid == (side, side):
+        return table
+    patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if patches.dtype in (torch.float16, torch.bfloat16):
+        patches = patches.float()
+    resized = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], 1)
