@@ -1,0 +1,53 @@
+# make answer   a generated answer, with nothing else to set up      make test    the whole test suite
+# make setup    all that tests and the commands of the README need   make check   format, lint, types
+PYTHON ?= python3
+VENV ?= .venv
+# The torch to install where the virtual environment has none, and the index it comes from (empty: pip's own).
+TORCH_SPEC ?= torch==2.13.0
+TORCH_INDEX ?=
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+RUN := $(VENV)/bin/python -m
+EXTRAS := dicom,train,evaluate,weights,test
+
+.DEFAULT_GOAL := help
+.PHONY: help answer setup test check parity torture clean
+
+help:
+	@grep '^# make' Makefile | sed 's/^# //'
+
+$(VENV)/.answer: pyproject.toml setup.py
+	@echo "[1/3] virtual environment: $(VENV)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/3] torch ($(TORCH_SPEC)), if there is none yet; this is the large download"
+	@$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH_SPEC)" numpy
+	@echo "[3/3] miss-engine"
+	@$(PIP) install -q "setuptools>=77" wheel
+	@$(PIP) install -q --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.setup: $(VENV)/.answer
+	@echo "[+] what tests, training and evaluation need"
+	@$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+setup: $(VENV)/.setup
+
+answer: $(VENV)/.answer
+	@$(RUN) miss answer --image examples/chest-xray.jpg --question "what modality is this image?" --question "is there a fracture?" --question "which organ is shown?"
+	@$(RUN) miss answer --image examples/brain-mri.jpg --question "what modality is used to take this image?" --question "which part of the body is this?" --question "is this image normal?"
+
+test: $(VENV)/.setup
+	@$(RUN) pytest -q
+
+check: $(VENV)/.setup
+	@$(RUN) ruff format --check . && $(RUN) ruff check . && $(RUN) mypy
+
+# The whole base model against Hugging Face, hidden states to gradients: about 8 GB and some minutes.
+parity: $(VENV)/.setup
+	@$(RUN) pytest -q tests/models/test_parity.py --full-size
+
+torture: $(VENV)/.setup
+	@$(RUN) pytest -q -m torture
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Answering: from images and questions to answers."""

@@ -1,0 +1,207 @@
+"""`miss answer`: questions about one image, or a file of questions about many.
+
+Knows flags and output; the engine does the answering.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from miss.engine.runtime.engine import Answer, Engine
+    from miss.engine.runtime.sampler import SamplingParams
+
+NOTICE = "research only, not for diagnosis"
+
+
+@dataclass
+class Args:
+    """Answer questions about medical images (research only, not for diagnosis).
+
+    One image:   miss answer --image scan.png --question "is there a mass?" [--question …]
+    Many:        miss answer --batch questions.jsonl --output answers.jsonl
+    """
+
+    image: Path | None = None
+    """Image file: PNG, JPEG, WebP, BMP, TIFF or DICOM."""
+    question: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """A question about the image; may be given more than once."""
+    batch: Path | None = None
+    """JSON lines with `image` (relative to the file's folder or --root), `question`, and optionally `qid`."""
+    output: Path | None = None
+    """With --batch: one JSON line an answer; lines that are already there are kept, so that a run can be resumed."""
+    root: Path | None = None
+    """With --batch: the folder that image paths are relative to, and may not leave."""
+    checkpoint: str = "miss-small"
+    """A checkpoint folder, or the name of one that ships with the project."""
+    precision: str = "auto"
+    """auto, fp32, bf16 or fp16."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    beams: int | None = None
+    """Beam width; 1 is greedy. Default: the checkpoint's."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens, the closing one included. Default: the checkpoint's."""
+    alternatives: int = 2
+    """How many other answers to show."""
+    batch_size: int = 16
+    """With --batch: questions answered together."""
+    json: bool = False
+    """Print one JSON object a question."""
+
+
+def main(args: Args) -> int:
+    problem = _usage_problem(args)
+    if problem:
+        print(f"miss answer: {problem}; see miss answer --help", file=sys.stderr)
+        return 2
+    from miss.engine.runtime.sampler import SamplingParams
+
+    params = SamplingParams(args.beams, args.max_new_tokens, args.alternatives)
+    return _answer_file(args, params) if args.batch else _answer_image(args, params)
+
+
+def _usage_problem(args: Args) -> str | None:
+    if args.batch and (args.image or args.question):
+        return "got --batch together with --image or --question; give one or the other"
+    if args.batch and not args.output:
+        return "--batch needs --output FILE"
+    if not args.batch and not (args.image and args.question):
+        return "wants --image FILE and --question TEXT, or --batch FILE and --output FILE"
+    return None
+
+
+def _load(args: Args) -> "Engine":
+    from miss.engine.runtime.engine import Engine
+
+    return Engine.load(args.checkpoint, args.precision, args.device)
+
+
+def _answer_image(args: Args, params: "SamplingParams") -> int:
+    engine = _load(args)
+    pairs = [(args.image, question) for question in args.question]
+    for (_, question), answer in zip(pairs, engine.answer_many(pairs, params, batch_size=64), strict=True):
+        if args.json:
+            print(json.dumps(_record(answer, engine), ensure_ascii=False))
+        else:
+            _show(question, answer, engine)
+    if not args.json:
+        print(f"\n{engine.name}, {NOTICE}")
+    return 0
+
+
+def _record(answer: "Answer", engine: "Engine") -> dict[str, Any]:
+    record = {"answer": answer.text, **answer.to_dict(), "model": engine.name}
+    del record["text"]
+    record["seconds"] = {"load": engine.load_seconds, **answer.seconds}
+    return record
+
+
+def _show(question: str, answer: "Answer", engine: "Engine") -> None:
+    others = ", ".join(f"{a.text or '(nothing)'} {a.score:.2f}" for a in answer.alternatives)
+    print(f"\nQ  {question}\nA  {answer.text or '(nothing)'}")
+    print(f"   score {answer.score:.2f}" + (f"   or: {others}" if others else ""))
+    print(f"   {answer.seconds['total']:.2f} s (model loaded in {engine.load_seconds:.2f} s)")
+    for warning in answer.warnings:
+        print(f"   note: {warning}")
+
+
+def _answer_file(args: Args, params: "SamplingParams") -> int:
+    """Answers the rows that the output does not hold yet; a row that cannot be served gets its error in place."""
+    assert args.batch and args.output
+    rows = _read_rows(args.batch)
+    done = _resume(args.output, rows)
+    engine = _load(args)
+    from tqdm import tqdm
+
+    failed, start = 0, time.perf_counter()
+    with open(args.output, "a", encoding="utf-8") as out, tqdm(total=len(rows), initial=done, unit="answer") as bar:
+        for row, result in zip(rows[done:], _results(args, engine, rows[done:], params), strict=True):
+            failed += "error" in result
+            out.write(json.dumps({**_identity(row), **result}, ensure_ascii=False) + "\n")
+            out.flush()
+            bar.update()
+        os.fsync(out.fileno())
+    took = time.perf_counter() - start
+    print(f"{len(rows) - done} answered now ({failed} failed), {done} kept, {took:.1f} s: {args.output}")
+    return 1 if failed else 0
+
+
+def _results(
+    args: Args, engine: "Engine", rows: list[dict[str, Any]], params: "SamplingParams"
+) -> Iterator[dict[str, Any]]:
+    from miss.engine.data.datasets import safe_path
+
+    root = args.root or args.batch.parent  # type: ignore[union-attr]
+
+    def pairs() -> Iterator[tuple[Any, str]]:
+        for row in rows:
+            try:
+                yield safe_path(root, row["image"]), row["question"]
+            except ValueError as error:
+                yield error, row["question"]  # the engine hands it back in place
+
+    for result in engine.answer_many(pairs(), params, args.batch_size, on_error="return"):
+        if isinstance(result, ValueError):
+            yield {"error": " ".join(str(result).split())}
+        else:
+            yield _record(result, engine)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise ValueError(f"{path}, line {number}: not JSON; wanted one object a line") from None
+            if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("image", "question")):
+                raise ValueError(f'{path}, line {number}: wanted an object with texts "image" and "question"')
+            rows.append(row)
+    return rows
+
+
+def _identity(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: row[k] for k in ("qid", "image", "question") if k in row}
+
+
+def _resume(output: Path, rows: list[dict[str, Any]]) -> int:
+    """How many rows the output already answers; a last line that was cut short is removed.
+
+    Raises:
+        ValueError: the output belongs to another batch.
+    """
+    if not output.exists():
+        return 0
+    whole, size = 0, 0
+    with open(output, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            size += len(line)
+            if whole >= len(rows) or not _answers(line, rows[whole]):
+                raise ValueError(
+                    f"{output}, line {whole + 1} does not answer row {whole + 1} of the batch: "
+                    "it belongs to another run; choose another --output or remove it"
+                )
+            whole += 1
+    os.truncate(output, size)
+    return whole
+
+
+def _answers(line: bytes, row: dict[str, Any]) -> bool:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and _identity(found) == _identity(row)
