@@ -29,7 +29,7 @@ HALVES = frozenset({torch.float16, torch.bfloat16})
 OPS: dict[str, "Op"] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: choosing is on the path of every call
 class Impl:
     """One implementation and what it needs.
 
@@ -156,6 +156,10 @@ def _misfit(impl: Impl, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    return next(a for a in args if isinstance(a, Tensor))
+
+
 class Op:
     """An operation and its implementations, the fastest first and the reference last."""
 
@@ -169,7 +173,7 @@ class Op:
 
     def why_not(self, impl: Impl, *args: Any) -> str | None:
         """Why `impl` cannot serve these arguments (device and dtype are the first tensor's); None where it can."""
-        first = next(a for a in args if isinstance(a, Tensor))
+        first = _first_tensor(args)
         return _misfit(impl, first.device, first.dtype) or (impl.limits(*args) if impl.limits else None)
 
     def select(self, *args: Any) -> Impl:
@@ -199,7 +203,16 @@ class Op:
         return "\n".join(lines)
 
     def __call__(self, *args: Any) -> Any:
-        return self.select(*args).run(*args)
+        return self._run(self.select(*args), args)
+
+    def _run(self, impl: Impl, args: tuple[Any, ...]) -> Any:
+        """Runs with autocast off: the public function has cast what is to be cast, and an implementation that turns to
+        float32 for accuracy must not have its products turned back."""
+        device = _first_tensor(args).device.type
+        if not torch.is_autocast_enabled(device):
+            return impl.run(*args)
+        with torch.autocast(device, enabled=False):
+            return impl.run(*args)
 
     def call(self, custom_op: Callable[..., Any], *args: Any) -> Any:
         """The way a public function runs its operation.
@@ -214,11 +227,11 @@ class Op:
         if impl.composite or not (
             torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         ):
-            return impl.run(*args)
+            return self._run(impl, args)
         return custom_op(*args)
 
 
-def autocast_to(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor | None, ...]:
+def autocast_to(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
     """Under autocast, floating tensors in `dtype` (the autocast dtype where None); unchanged outside of it.
 
     Linears, attention and MLP take the autocast dtype; norms and losses pass `dtype=torch.float32`.

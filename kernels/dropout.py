@@ -1,0 +1,92 @@
+"""Dropout's mask as a function of (seed, shape) alone: the same on every device, in forward and in backward.
+
+Knows counters and a hash; does not know what is dropped, or PyTorch's generators beyond drawing a seed where none came.
+
+    h(g) = splitmix64(seed + (g + 1) * 0x9E3779B97F4A7C15)        one 64-bit word for four elements, g = index // 4
+    element `index` (row-major in the mask's shape) is kept where the signed 16-bit field index % 4 of h(g), lowest
+    first, is at least round(p * 65536) - 32768
+
+A counter and no generator's state: any implementation can make the bits of any element where it needs them (a kernel in
+registers), a tensor seed is never read by the host, and CPU and CUDA agree bit for bit. p is rounded to 1/65536, and
+kept values are scaled by that rounded probability, so that the expectation is exact. Drawing 16 bits an element costs
+about half of `bernoulli_` on CPU (873,600 elements, 2 threads: 4.5 ms against 8.8 ms).
+
+Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the generator's finaliser).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_STEPS = 65536
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the int64 of the same bits."""
+    word &= (1 << 64) - 1
+    return word - (1 << 64) if word >> 63 else word
+
+
+_WEYL = _signed(0x9E3779B97F4A7C15)
+_FIRST = _signed(0xBF58476D1CE4E5B9)
+_SECOND = _signed(0x94D049BB133111EB)
+
+
+def check_dropout(p: float) -> None:
+    """Raises ValueError unless 0 <= p < 1."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p: got {p}; wanted 0 <= p < 1 (1 would drop everything)")
+
+
+def as_seed(seed: Tensor | int | None, p: float, device: torch.device) -> Tensor | None:
+    """The seed as an int64 0-dim tensor on `device`; None where p is 0, drawn from the default generator where None.
+
+    Raises:
+        ValueError: p outside of [0, 1), or a seed tensor that is not one int64.
+    """
+    check_dropout(p)
+    if p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"seed: got {seed.dtype} {tuple(seed.shape)}; wanted an int64 0-dim tensor or an int")
+        return seed.reshape(()).to(device)
+    return torch.full((), seed if torch.compiler.is_compiling() else _signed(seed), dtype=torch.int64, device=device)
+
+
+def _drop_steps(p: float) -> int:
+    return min(round(p * _STEPS), _STEPS - 1)
+
+
+def keep_probability(p: float) -> float:
+    """1 - p with p rounded to 1/65536: what kept values are divided by."""
+    return 1.0 - _drop_steps(p) / _STEPS
+
+
+def _shift_xor(z: Tensor, bits: int) -> Tensor:
+    """z ^= z >>> bits; int64's own shift drags the sign along."""
+    return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
+
+
+def keep_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    """The bool mask of `shape`, True where an element is kept, on the seed's device.
+
+    seed: int64 0-dim (`as_seed`). Never waits for the device.
+    """
+    count = math.prod(shape)
+    z = torch.arange(1, (count + 3) // 4 + 1, dtype=torch.int64, device=seed.device)
+    z = z.mul_(_WEYL).add_(seed)
+    z = _shift_xor(z, 30).mul_(_FIRST)
+    z = _shift_xor(z, 27).mul_(_SECOND)
+    z = _shift_xor(z, 31)
+    fields = z.view(torch.int16)[:count]
+    return (fields >= _drop_steps(p) - _STEPS // 2).view(tuple(shape))
+
+
+def keep_scale(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
+    """`keep_mask` as numbers: 0 where dropped, 1 / keep probability where kept."""
+    return keep_mask(seed, shape, p).to(dtype).mul_(1.0 / keep_probability(p))

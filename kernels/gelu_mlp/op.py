@@ -1,0 +1,87 @@
+"""The first half of a transformer's MLP: linear, bias, exact GELU.
+
+Knows its formula, its gradient and who computes it; does not know what follows.
+
+    z = x @ weight.T + bias;  y = z * Phi(z) = z / 2 * (1 + erf(z / sqrt(2)))     x (…, C)  weight (F, C)  bias (F,)
+
+y (…, F) in x's dtype, products accumulated in float32 (float64 in float64). BERT and the ViT use the exact form; the
+tanh approximation, the only one that most fused libraries offer, differs by up to 5e-4. Under autocast everything is
+in the autocast dtype.
+
+Gradient, with phi the normal density: dz = dy * (Phi(z) + z * phi(z)); dx = dz @ weight; dweight = dz.T @ x;
+dbias = the sum of dz over rows. z is kept for it, in x's dtype, where a gradient is needed, and is empty elsewhere.
+
+Source: arXiv 1606.08415.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miss.kernels.gelu_mlp import reference, torch_impl
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to
+
+FORWARD = Op(
+    "gelu_mlp",
+    Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
+    Impl("reference", reference.forward, dtypes=ALL_FLOATS),
+)
+BACKWARD = Op(
+    "gelu_mlp_backward",
+    Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
+    Impl("reference", reference.backward, dtypes=ALL_FLOATS),
+)
+
+
+@torch.library.custom_op("miss::gelu_mlp", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    return FORWARD(x, weight, bias, keep)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, torch.empty_like(y) if keep else x.new_empty(0)
+
+
+@torch.library.custom_op("miss::gelu_mlp_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return BACKWARD(dy, x, weight, pre)
+
+
+@_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _grad(ctx: Any, dy: Tensor, _dpre: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbias = _backward(dy.contiguous(), *ctx.saved_tensors)
+    return dx, dweight, dbias if ctx.has_bias else None, None
+
+
+_forward.register_autograd(_grad, setup_context=_save)
+
+
+def gelu_mlp(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu(x @ weight.T + bias), exact: x (…, C), weight (F, C), bias (F,) or None -> (…, F).
+
+    Raises:
+        ValueError: weight or bias does not fit x.
+    """
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"gelu_mlp: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
+            f"bias {None if bias is None else tuple(bias.shape)}; wanted x (…, C), weight (F, C), bias (F,)"
+        )
+    x, weight, bias = autocast_to(x, weight, bias)
+    keep = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    return FORWARD.call(_forward, x, weight, bias, keep)[0]

@@ -1,0 +1,47 @@
+"""Pixels to patch tokens in plain PyTorch: the definition that the fast ones must match.
+
+Knows the formulas and the order of a patch's values; does not know speed.
+
+Shapes: B batch, N patches, C width, P patch size.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def patches(pixels: Tensor, size: int) -> Tensor:
+    """pixels (B, height, width, 3) -> (B, N, 3, P, P): patches row by row, a patch's values in the weight's order."""
+    batch, height, width, channels = pixels.shape
+    grid = pixels.reshape(batch, height // size, size, width // size, size, channels)
+    return grid.permute(0, 1, 3, 5, 2, 4).reshape(batch, -1, channels, size, size)
+
+
+def _normalised(pixels: Tensor, scale: Tensor, shift: Tensor, size: int, acc: torch.dtype) -> Tensor:
+    values = patches(pixels, size).to(acc)
+    return (values * scale.to(acc)[:, None, None] + shift.to(acc)[:, None, None]).flatten(2)
+
+
+def forward(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    acc = _accumulator(weight.dtype)
+    rows = _normalised(pixels, scale, shift, weight.shape[-1], acc)
+    return (rows @ weight.to(acc).flatten(1).T + bias.to(acc)).to(weight.dtype)
+
+
+def backward(
+    dy: Tensor, weight: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, need_pixels: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = _accumulator(weight.dtype)
+    size, dyf = weight.shape[-1], dy.to(acc)
+    rows = _normalised(pixels, scale, shift, size, acc)
+    dweight = torch.einsum("bnc,bnk->ck", dyf, rows).view(weight.shape)
+    dpixels = pixels.new_empty(0)
+    if need_pixels:
+        batch, height, width, channels = pixels.shape
+        values = (dyf @ weight.to(acc).flatten(1)).view(batch, height // size, width // size, channels, size, size)
+        values = values * scale.to(acc)[:, None, None]
+        dpixels = values.permute(0, 1, 4, 2, 5, 3).reshape(pixels.shape).to(pixels.dtype)
+    return dweight.to(weight.dtype), dyf.sum((0, 1)).to(weight.dtype), dpixels
