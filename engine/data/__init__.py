@@ -1,0 +1,1 @@
+"""Images, text and data sets as the model takes them."""
