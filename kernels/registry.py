@@ -29,6 +29,11 @@ HALVES = frozenset({torch.float16, torch.bfloat16})
 OPS: dict[str, "Op"] = {}
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What an operation accumulates in: float64 in float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: choosing is on the path of every call
 class Impl:
     """One implementation and what it needs.

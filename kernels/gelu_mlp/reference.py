@@ -8,13 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from miss.kernels.registry import accumulator
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    acc = _accumulator(x.dtype)
+    acc = accumulator(x.dtype)
     pre = x.to(acc) @ weight.to(acc).T
     if bias is not None:
         pre = pre + bias.to(acc)
@@ -23,7 +21,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    acc = _accumulator(x.dtype)
+    acc = accumulator(x.dtype)
     z = pre.to(acc)
     cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
     density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from miss.kernels.dropout import Seed, as_seed
 from miss.kernels.layer_norm import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to
 
 FORWARD = Op(
     "layer_norm",
@@ -53,7 +53,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tenso
 
 @_forward.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    stat = x.new_empty(x.shape[:-1], dtype=reference.accumulator(x.dtype))
+    stat = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
     return x.new_empty(x.shape), stat, torch.empty_like(stat)
 
 
@@ -92,7 +92,7 @@ def _(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape)
-    stat = x.new_empty(x.shape[:-1], dtype=reference.accumulator(x.dtype))
+    stat = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
     return y, torch.empty_like(y), stat, torch.empty_like(stat)
 
 

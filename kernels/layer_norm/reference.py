@@ -7,13 +7,9 @@ import torch
 from torch import Tensor
 
 from miss.kernels.dropout import keep_mask
+from miss.kernels.registry import accumulator
 
 Stats = tuple[Tensor, Tensor, Tensor]
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 in float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Stats:

@@ -8,9 +8,7 @@ Shapes: B batch, N patches, C width, P patch size.
 import torch
 from torch import Tensor
 
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from miss.kernels.registry import accumulator
 
 
 def patches(pixels: Tensor, size: int) -> Tensor:
@@ -26,7 +24,7 @@ def _normalised(pixels: Tensor, scale: Tensor, shift: Tensor, size: int, acc: to
 
 
 def forward(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    acc = _accumulator(weight.dtype)
+    acc = accumulator(weight.dtype)
     rows = _normalised(pixels, scale, shift, weight.shape[-1], acc)
     return (rows @ weight.to(acc).flatten(1).T + bias.to(acc)).to(weight.dtype)
 
@@ -34,7 +32,7 @@ def forward(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: 
 def backward(
     dy: Tensor, weight: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, need_pixels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acc = _accumulator(weight.dtype)
+    acc = accumulator(weight.dtype)
     size, dyf = weight.shape[-1], dy.to(acc)
     rows = _normalised(pixels, scale, shift, size, acc)
     dweight = torch.einsum("bnc,bnk->ck", dyf, rows).view(weight.shape)

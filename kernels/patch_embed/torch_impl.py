@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from miss.kernels.patch_embed.reference import patches
+from miss.kernels.registry import accumulator
 
 
 def _rows(weight: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Normalised patch rows (B, N, 3 * P * P) in the weight's dtype; normalised in float32 at least."""
     cut = patches(pixels, weight.shape[-1])
-    acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    acc = accumulator(weight.dtype)
     values = torch.addcmul(shift.to(acc)[:, None, None], cut.to(acc), scale.to(acc)[:, None, None])
     return values.flatten(2).to(weight.dtype)
 
