@@ -1,0 +1,1 @@
+"""Scoring answers: protocols, intervals, baselines, calibration, reports."""
