@@ -20,6 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Seed = Tensor | int | None
+
 _STEPS = 65536
 
 
@@ -40,8 +42,11 @@ def check_dropout(p: float) -> None:
         raise ValueError(f"dropout_p: got {p}; wanted 0 <= p < 1 (1 would drop everything)")
 
 
-def as_seed(seed: Tensor | int | None, p: float, device: torch.device) -> Tensor | None:
-    """The seed as an int64 0-dim tensor on `device`; None where p is 0, drawn from the default generator where None.
+def as_seed(seed: Seed, p: float) -> Tensor | None:
+    """The seed as an int64 0-dim tensor; None where p is 0.
+
+    A tensor stays on its device. An int, or a draw from PyTorch's default generator where seed is None, becomes a CPU
+    tensor: adding one of those to a CUDA tensor neither copies nor waits.
 
     Raises:
         ValueError: p outside of [0, 1), or a seed tensor that is not one int64.
@@ -50,12 +55,12 @@ def as_seed(seed: Tensor | int | None, p: float, device: torch.device) -> Tensor
     if p == 0.0:
         return None
     if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(f"seed: got {seed.dtype} {tuple(seed.shape)}; wanted an int64 0-dim tensor or an int")
-        return seed.reshape(()).to(device)
-    return torch.full((), seed if torch.compiler.is_compiling() else _signed(seed), dtype=torch.int64, device=device)
+        return seed.reshape(())
+    return torch.full((), seed if torch.compiler.is_compiling() else _signed(seed), dtype=torch.int64)
 
 
 def _drop_steps(p: float) -> int:
@@ -72,21 +77,29 @@ def _shift_xor(z: Tensor, bits: int) -> Tensor:
     return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
 
 
-def keep_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
-    """The bool mask of `shape`, True where an element is kept, on the seed's device.
+def keep_mask(seed: Tensor, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """The bool mask of `shape` on `device`, True where an element is kept.
 
-    seed: int64 0-dim (`as_seed`). Never waits for the device.
+    seed: int64 0-dim (`as_seed`), on CPU or on `device`: then nothing waits for the device.
     """
     count = math.prod(shape)
-    z = torch.arange(1, (count + 3) // 4 + 1, dtype=torch.int64, device=seed.device)
-    z = z.mul_(_WEYL).add_(seed)
+    z = torch.arange(1, (count + 3) // 4 + 1, dtype=torch.int64, device=device)
+    z = z.mul_(_WEYL).add_(seed if seed.device.type == "cpu" else seed.to(device))
     z = _shift_xor(z, 30).mul_(_FIRST)
     z = _shift_xor(z, 27).mul_(_SECOND)
     z = _shift_xor(z, 31)
-    fields = z.view(torch.int16)[:count]
+    fields = z.view(torch.int16)[:count]  # little-endian: the lowest 16 bits come first
     return (fields >= _drop_steps(p) - _STEPS // 2).view(tuple(shape))
 
 
-def keep_scale(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
+def keep_scale(seed: Tensor, shape: Sequence[int], p: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`keep_mask` as numbers: 0 where dropped, 1 / keep probability where kept."""
-    return keep_mask(seed, shape, p).to(dtype).mul_(1.0 / keep_probability(p))
+    return keep_mask(seed, shape, p, device).to(dtype).mul_(1.0 / keep_probability(p))
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x with the mask of its shape applied, kept values scaled; x itself where p is 0. Differentiable."""
+    if p == 0.0:
+        return x
+    assert seed is not None, "dropout needs the seed that as_seed made"
+    return x * keep_scale(seed, x.shape, p, x.device, x.dtype)
