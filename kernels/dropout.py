@@ -7,8 +7,8 @@ Knows counters and a hash; does not know what is dropped, or PyTorch's generator
     first, is at least round(p * 65536) - 32768
 
 A counter and no generator's state: any implementation can make the bits of any element where it needs them (a kernel in
-registers), a tensor seed is never read by the host, and CPU and CUDA agree bit for bit. p is rounded to 1/65536, and
-kept values are scaled by that rounded probability, so that the expectation is exact. Drawing 16 bits an element costs
+registers), a tensor seed is never read by the host, and CPU and CUDA agree bit for bit. p is rounded to 1/65536; kept
+values are scaled by 1 / (1 - p), which moves the expectation by less than 1e-5 of itself at p = 0.1. Drawing 16 bits an element costs
 about half of `bernoulli_` on CPU (873,600 elements, 2 threads: 4.5 ms against 8.8 ms).
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the generator's finaliser).
@@ -63,15 +63,6 @@ def as_seed(seed: Seed, p: float) -> Tensor | None:
     return torch.full((), seed if torch.compiler.is_compiling() else _signed(seed), dtype=torch.int64)
 
 
-def _drop_steps(p: float) -> int:
-    return min(round(p * _STEPS), _STEPS - 1)
-
-
-def keep_probability(p: float) -> float:
-    """1 - p with p rounded to 1/65536: what kept values are divided by."""
-    return 1.0 - _drop_steps(p) / _STEPS
-
-
 def _shift_xor(z: Tensor, bits: int) -> Tensor:
     """z ^= z >>> bits; int64's own shift drags the sign along."""
     return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
@@ -89,12 +80,12 @@ def keep_mask(seed: Tensor, shape: Sequence[int], p: float, device: torch.device
     z = _shift_xor(z, 27).mul_(_SECOND)
     z = _shift_xor(z, 31)
     fields = z.view(torch.int16)[:count]  # little-endian: the lowest 16 bits come first
-    return (fields >= _drop_steps(p) - _STEPS // 2).view(tuple(shape))
+    return (fields >= min(round(p * _STEPS), _STEPS - 1) - _STEPS // 2).view(tuple(shape))
 
 
 def keep_scale(seed: Tensor, shape: Sequence[int], p: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`keep_mask` as numbers: 0 where dropped, 1 / keep probability where kept."""
-    return keep_mask(seed, shape, p, device).to(dtype).mul_(1.0 / keep_probability(p))
+    """`keep_mask` as numbers: 0 where dropped, 1 / (1 - p) where kept."""
+    return keep_mask(seed, shape, p, device).to(dtype).mul_(1.0 / (1.0 - p))
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
