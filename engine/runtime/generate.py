@@ -56,26 +56,31 @@ class Decoding:
 @torch.inference_mode()
 def generate(
     model: MissVQA,
-    pixels: Tensor,
+    pixels: Tensor | None,
     image_index: Tensor,
     question_ids: Tensor,
     question_lengths: Tensor,
     max_new_tokens: int,
     num_beams: int = 1,
     num_alternatives: int = 0,
+    image_tokens: Tensor | None = None,
 ) -> Generated:
     """Answers a batch of questions over images.
 
     Args:
-        pixels: uint8 (I, S, S, 3).
+        pixels: uint8 (I, S, S, 3), or None where the images are encoded already.
         image_index: int32 (R,), non-decreasing.
         question_ids: int64 (R, T), padded with 0.
         question_lengths: int32 (R,).
         max_new_tokens: the closing [SEP] included.
         num_beams: 1 is greedy, with `num_alternatives` more branches from the next-best first tokens.
+        image_tokens: (I, N, C), what `encode_images` made of the images; read instead of `pixels`.
     """
-    clock = Clock(pixels.device)
-    image_tokens = model.encode_images(pixels)
+    device = question_ids.device
+    clock = Clock(device)
+    if image_tokens is None:
+        assert pixels is not None, "images come as pixels or as tokens"
+        image_tokens = model.encode_images(pixels)
     clock.lap("image")
     rows, branches = len(question_ids), num_beams if num_beams > 1 else 1 + num_alternatives
     cache = KVCache.allocate(
@@ -85,12 +90,12 @@ def generate(
         max_new_tokens,
         question_ids.shape[1],
         image_tokens.dtype,
-        pixels.device,
+        device,
     )
-    slots = torch.arange(rows, device=pixels.device)
+    slots = torch.arange(rows, device=device)
     model.encode(image_tokens, image_index, question_ids, question_lengths, cache, slots)
     clock.lap("question")
-    decoding = Decoding(model, cache, branches, pixels.device)
+    decoding = Decoding(model, cache, branches, device)
     search = _greedy if num_beams == 1 else _beams
     hypotheses = search(decoding, rows, max_new_tokens) if rows else []
     clock.lap("decode")

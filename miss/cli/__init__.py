@@ -1,7 +1,8 @@
 """The command line: finds the command's file, parses its flags, turns errors into one line and an exit code.
 
 Each command is one file with a dataclass `Args` (its flags, documented) and `main(args) -> int | None`. A command with
-sub-commands has a dictionary `COMMANDS: {name: (Args, main)}` instead. Knows nothing of what the commands do.
+sub-commands has a dictionary `COMMANDS: {name: (Args, main)}` instead; one whose flags depend on a file that another
+flag names has `read_args(argv, prog) -> Args`. Knows nothing of what the commands do.
 
 Exit codes: 0 done, 1 the input could not be served (one line says why), 2 wrong usage, 130 interrupted, 143 terminated.
 """
@@ -56,6 +57,8 @@ def run(argv: list[str]) -> int:
             return _usage_error(f"miss {name}: no command named {rest[0]!r}", rest[0], list(module.COMMANDS))
         args_type, main = module.COMMANDS[rest[0]]
         name, rest = f"{name} {rest[0]}", rest[1:]
+    if hasattr(module, "read_args"):
+        return _guarded(name, lambda: main(module.read_args(rest, f"miss {name}")))
     assert args_type is not None and main is not None, f"miss.cli.{name} has neither Args and main nor COMMANDS"
     return _guarded(name, lambda: main(parse(args_type, rest, f"miss {name}")))
 

@@ -1,0 +1,1 @@
+"""Training: configuration, the loop, and what keeps a run's state."""

@@ -1,0 +1,336 @@
+"""A finetuning run put together from its configuration: model, rows, image stores, loader, engine, trainer.
+
+Knows which part needs which; does not know flags, generation or metrics: validation's answers are judged elsewhere.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from miss.engine.data.augment import Limits
+from miss.engine.data.datasets import Sample, load_dataset, resolve_data_root
+from miss.engine.data.images import decode_image
+from miss.engine.data.loader import GroupedLoader, GroupedSampler, ImageStore, Part, Row, Visit, collate
+from miss.engine.data.processor import Processor
+from miss.engine.training.config import SourceConfig, TrainConfig
+from miss.engine.training.features import (
+    FeatureStore,
+    PixelStore,
+    channel_statistics,
+    decode_all,
+    digest,
+    fold_standardisation,
+    image_number,
+    weights_digest,
+)
+from miss.engine.training.optimizer import freeze
+from miss.engine.training.plain import Engine, PlainEngine
+from miss.engine.training.state import load_model_tensors, seed_everything
+from miss.engine.training.trainer import Trainer, Validate
+from miss.models.vqa import MissVQA
+from miss.models.weights import load_checkpoint, save_checkpoint
+
+
+@dataclass
+class ImageGroup:
+    """One image with its samples; `weight` and `copies` come from its data set's place in the mix."""
+
+    key: str
+    image: Any  # what `decode_image` takes: a path, or an entry of a packed data set
+    samples: list[Sample]
+    weight: float
+    copies: int
+
+
+@dataclass
+class Questions:
+    """Grouped samples with their token ids and where their images' tensors come from."""
+
+    groups: list[ImageGroup]
+    rows: list[list[Row]]
+    store: ImageStore
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self.rows)
+
+    def batches(self, num_questions: int) -> Iterator[tuple[Part, list[Sample]]]:
+        """All questions once, whole images together, in batches of at least `num_questions` (the last may be less)."""
+        visits: list[Visit] = []
+        for i, rows in enumerate(self.rows):
+            visits.append(Visit(i, 0, tuple(range(len(rows)))))
+            if sum(len(v.rows) for v in visits) >= num_questions or i == len(self.rows) - 1:
+                tensors = self.store.gather([v.image for v in visits], [0] * len(visits))
+                yield (
+                    collate(visits, self.rows, *tensors),
+                    [self.groups[v.image].samples[r] for v in visits for r in v.rows],
+                )
+                visits = []
+
+
+@dataclass
+class Finetuning:
+    """What `prepare` put together; `mix_train` and `mix_validation` are all images, also where a few are used."""
+
+    config: TrainConfig
+    model: MissVQA
+    processor: Processor
+    train: Questions
+    validation: Questions
+    loader: GroupedLoader
+    trainer: Trainer
+    mix_train: list[ImageGroup]
+    mix_validation: list[ImageGroup]
+    num_leaks: int
+
+
+Tell = Callable[[str], None]
+
+
+def prepare(
+    config: TrainConfig,
+    output: Path,
+    *,
+    validate: Callable[[Processor, Questions], Validate],
+    resume: Path | None = None,
+    tell: Tell = print,
+    most_images: int | None = None,
+) -> Finetuning:
+    """Reads data and checkpoint, encodes what is encoded once, and returns a run that is ready to `fit`.
+
+    Args:
+        validate: makes the trainer's `validate(model)` for a processor and the validation questions.
+        resume: a training checkpoint of this run to go on from.
+        most_images: use no more than so many images of each part, to try a configuration out.
+
+    Raises:
+        ValueError: data, checkpoint or configuration cannot serve; the message says which and why.
+    """
+    seed_everything(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
+    device = pick_device(config.device)
+    model, processor = load_model(config)
+    if resume is not None:
+        # The image encoder must be the run's (its last norm may be folded) before anything is encoded with it.
+        load_model_tensors(model, load_file(resume / "model.safetensors"))
+    freeze(model, config.optimizer, config.train_vision)
+    model.to(device)
+
+    mix_train, mix_validation, num_leaks = read_mix(config, tell)
+    train_groups, validation_groups = mix_train[:most_images], mix_validation[:most_images]
+    cache = Path(config.data.cache) if config.data.cache else output / "cache"
+    pixels = [
+        pixel_store(train_groups, config, processor, cache, augmented=True),
+        pixel_store(validation_groups, config, processor, cache, augmented=False),
+    ]
+    if config.standardise_features and resume is None:
+        mean, deviation = channel_statistics(encoder(model, config, device), pixels[0])
+        fold_standardisation(model.vision.norm, mean, deviation)
+    stores: list[ImageStore] = list(pixels)
+    if not config.train_vision:
+        copies = [[group.copies for group in train_groups], [1] * len(validation_groups)]
+        stores = [
+            FeatureStore.build(
+                encoder(model, config, device),
+                digest(weights_digest(model.vision), processor.fingerprint, config.bf16, device.type),
+                store,
+                count,
+                features_dtype(config),
+                cache,
+            )
+            for store, count in zip(pixels, copies, strict=True)
+        ]
+    train = Questions(train_groups, tokenise(train_groups, processor), stores[0])
+    validation = Questions(validation_groups, tokenise(validation_groups, processor), stores[1])
+    loader = make_loader(config, train, device)
+    trainer = Trainer(
+        model,
+        loader,
+        make_engine(config, model),
+        config,
+        output,
+        device=device,
+        validate=validate(processor, validation) if validation_groups else None,
+        export=lambda folder: export(model, processor, folder),
+    )
+    if resume is not None:
+        trainer.resume(resume)
+    return Finetuning(
+        config, model, processor, train, validation, loader, trainer, mix_train, mix_validation, num_leaks
+    )
+
+
+def load_model(config: TrainConfig) -> tuple[MissVQA, Processor]:
+    """The checkpoint to start from, with the configuration's overrides of dropout, drop-path and image size."""
+    if config.init is None:
+        raise ValueError(
+            "init: no checkpoint to start from; give a checkpoint folder with --init (`miss convert` makes one from "
+            "MISS, BLIP, or DINOv2 and MiniLM weights)"
+        )
+    loaded, _ = load_checkpoint(config.init, dtype=torch.float32)
+    processor = Processor.from_folder(Path(config.init))
+    old, wanted = loaded.config, config.model
+    rates: dict[str, Any] = {"dropout": wanted.dropout, "attention_dropout": wanted.attention_dropout}
+    text = {name: rate for name, rate in rates.items() if rate is not None}
+    vision: dict[str, Any] = {} if wanted.drop_path is None else {"drop_path": wanted.drop_path}
+    size: dict[str, Any] = {} if wanted.image_size is None else {"image_size": wanted.image_size}
+    new = dataclasses.replace(
+        old,
+        encoder=dataclasses.replace(old.encoder, **text),
+        decoder=dataclasses.replace(old.decoder, **text),
+        vision=dataclasses.replace(old.vision, **vision),
+        preprocess=dataclasses.replace(old.preprocess, **size),
+    )
+    if new.preprocess.image_size % new.vision.patch_size:
+        raise ValueError(
+            f"model.image_size: got {new.preprocess.image_size}; wanted a multiple of the patch size "
+            f"({new.vision.patch_size})"
+        )
+    if new == old:
+        return loaded, processor
+    model = MissVQA(new)
+    model.load_state_dict(loaded.state_dict())
+    return model, Processor(new.preprocess, processor.tokenizer, new.max_question_length)
+
+
+def read_mix(config: TrainConfig, tell: Tell) -> tuple[list[ImageGroup], list[ImageGroup], int]:
+    """Training and validation images with their samples, and how many training samples were left out as leaks."""
+    validation = [(source, read_source(source, config)) for source in config.data.validation]
+    train = [(source, read_source(source, config)) for source in config.data.train]
+    num_leaks = 0
+    if config.data.exclude_leaks and validation:
+        from miss.engine.data.leaks import exclude_leaks
+
+        held_out = [sample for _, samples in validation for sample in samples]
+        kept = []
+        for source, samples in train:
+            clean = exclude_leaks(samples, held_out)
+            if len(clean) < len(samples):
+                tell(
+                    f"{source.dataset} {source.split}: {len(samples) - len(clean)} of {len(samples)} questions left "
+                    f"out: their images are, or look like, images of a validation set"
+                )
+            num_leaks += len(samples) - len(clean)
+            kept.append((source, clean))
+        train = kept
+    groups = [group_by_image(part, config.augment.copies) for part in (train, validation)]
+    if not groups[0]:
+        raise ValueError("data.train: no question is left to train on")
+    return groups[0], groups[1], num_leaks
+
+
+def read_source(source: SourceConfig, config: TrainConfig) -> list[Sample]:
+    root = resolve_data_root(source.root or config.data.root)
+    return load_dataset(source.dataset, root, source.split, source.language)
+
+
+def group_by_image(mix: Sequence[tuple[SourceConfig, list[Sample]]], copies: int) -> list[ImageGroup]:
+    """Samples by image, in the order of their first appearance. A data set with weight 0 is left out."""
+    groups: dict[tuple[int, str], ImageGroup] = {}
+    for number, (source, samples) in enumerate(mix):
+        for sample in samples if source.weight else ():
+            key = (number, sample.image_key)
+            if key not in groups:
+                groups[key] = ImageGroup(sample.image_key, sample.image, [], source.weight, source.copies or copies)
+            groups[key].samples.append(sample)
+    return list(groups.values())
+
+
+def tokenise(groups: Sequence[ImageGroup], processor: Processor) -> list[list[Row]]:
+    """Each sample's question and answer as token ids."""
+    return [
+        [
+            Row(f"{s.dataset}/{s.qid}", list(processor.question(s.question)), list(processor.answer(s.answer)))
+            for s in group.samples
+        ]
+        for group in groups
+    ]
+
+
+def pixel_store(
+    groups: Sequence[ImageGroup], config: TrainConfig, processor: Processor, cache: Path, augmented: bool
+) -> PixelStore:
+    """Decoded images; `augmented` says whether visits after the first see them changed."""
+
+    def decode(image: Any) -> np.ndarray:
+        return processor.image(decode_image(image))
+
+    a = config.augment
+    return PixelStore(
+        decode_all(
+            [group.image for group in groups],
+            processor.preprocess.image_size,
+            decode,
+            processor.fingerprint,
+            cache,
+            config.data.workers,
+        ),
+        [image_number(group.key) for group in groups],
+        Limits(a.rotate_degrees, a.crop_share, a.brightness, a.contrast) if augmented else None,
+        config.seed,
+        processor.preprocess.background,
+        config.data.workers,
+    )
+
+
+def encoder(model: MissVQA, config: TrainConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """pixels -> tokens, in the run's precision, without gradients."""
+
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> Tensor:
+        model.eval()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            return model.encode_images(pixels.to(device)).float()
+
+    return encode
+
+
+def features_dtype(config: TrainConfig) -> torch.dtype:
+    automatic = torch.bfloat16 if config.bf16 else torch.float16
+    return automatic if config.features_dtype == "auto" else getattr(torch, config.features_dtype)
+
+
+def make_loader(config: TrainConfig, train: Questions, device: torch.device) -> GroupedLoader:
+    sampler = GroupedSampler(
+        [len(rows) for rows in train.rows],
+        [group.weight for group in train.groups],
+        config.data.images_per_step,
+        config.data.questions_per_image,
+        config.seed,
+        whole_rounds=config.data.epoch == "samples",
+    )
+    return GroupedLoader(
+        sampler, train.rows, train.store, config.data.accumulation, config.data.prefetch, device.type == "cuda"
+    )
+
+
+def make_engine(config: TrainConfig, model: MissVQA) -> Engine:
+    return PlainEngine(model, config.optimizer)
+
+
+def export(model: MissVQA, processor: Processor, folder: Path) -> None:
+    """The model as it is now, as a checkpoint folder for answering."""
+    save_checkpoint(model, folder, tokenizer=processor.tokenizer)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: got {name!r}; accepted: auto, cpu, cuda, cuda:N ({reason})") from None
+    return device

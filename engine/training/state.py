@@ -1,0 +1,82 @@
+"""A run's state as files, and every random number generator in it.
+
+Knows tensors by name, safetensors and JSON; nothing here is pickled. Does not know folders' names or when to save.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; what two names share (a tied table) is there under the first only."""
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    return tensors | {name: b for name, b in model.named_buffers() if b is not None}
+
+
+@torch.no_grad()
+def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copies saved tensors into the model.
+
+    Raises:
+        ValueError: names or shapes differ from the model's.
+    """
+    held = model_tensors(model)
+    if set(held) != set(tensors):
+        different = sorted(set(held) ^ set(tensors))
+        raise ValueError(f"the checkpoint is of another model: {', '.join(different[:5])}")
+    for name, tensor in tensors.items():
+        if held[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} in the checkpoint; the model's is {tuple(held[name].shape)}"
+            )
+        held[name].copy_(tensor)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def save_random(folder: Path) -> None:
+    """The states of Python's, NumPy's, PyTorch's and each CUDA device's generator."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).view(np.uint8).copy())}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    save_file(tensors, folder / "random.safetensors")
+    version, numbers, gauss_next = random.getstate()
+    state = {
+        "python": [version, list(numbers), gauss_next],
+        "numpy": [kind, int(position), int(has_gauss), float(gauss)],
+    }
+    (folder / "random.json").write_text(json.dumps(state))
+
+
+def load_random(folder: Path) -> None:
+    """The inverse of `save_random`; states of CUDA devices that are not here are left out."""
+    tensors = load_file(folder / "random.safetensors")
+    torch.set_rng_state(tensors["torch"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda.{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
+    state = json.loads((folder / "random.json").read_text())
+    version, numbers, gauss_next = state["python"]
+    random.setstate((version, tuple(numbers), gauss_next))
+    kind, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().view(np.uint32), position, has_gauss, gauss))
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,410 @@
+"""The training loop: step after step from any step on, with validation, checkpoints and a log.
+
+Knows the order of things in a step and a run; does not know which engine makes the update, what validation means, or
+where the batches come from: all three are handed in.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from miss.engine.data.augment import hash64
+from miss.engine.data.loader import GroupedLoader, Step
+from miss.engine.training.checkpoint import CheckpointStore, saving, verify
+from miss.engine.training.config import TrainConfig
+from miss.engine.training.ema import Ema
+from miss.engine.training.flops import matmul_ceiling, training_flops
+from miss.engine.training.log import RunLog, draw_curves
+from miss.engine.training.plain import Engine
+from miss.engine.training.schedule import rate_share
+from miss.engine.training.state import (
+    load_model_tensors,
+    load_random,
+    model_tensors,
+    save_random,
+    save_tensors,
+    write_json,
+)
+
+_DROPOUT = 21  # what a hash is for
+
+Validate = Callable[[nn.Module], dict[str, float]]
+Export = Callable[[Path], None]
+
+# What a resumed run may say differently: none of it changes a step.
+_FREE = ("device", "engine", "checkpoint", "validation", "log", "init")
+_FREE_DATA = ("root", "cache", "prefetch", "workers")
+
+
+class NotFinite(ValueError):
+    """The loss or a gradient is not a number, or infinite; nothing was updated with it."""
+
+
+class Stopped(SystemExit):
+    """A signal ended the run after its state was saved; `code` is 128 + the signal's number."""
+
+
+@dataclass
+class Progress:
+    """Where a run is. `step` steps are done; `best` is None before the first validation."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    worse_in_a_row: int = 0
+    validated: int = 0  # the last step after which validation ran
+
+
+@dataclass
+class Interval:
+    """Sums since the last line of the log."""
+
+    steps: int = 0
+    loss: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+    images: int = 0
+    flops: float = 0.0
+    waited: float = 0.0
+    started: float = 0.0
+    norm: float = 0.0
+
+
+class Trainer:
+    """One run in one output folder.
+
+    Args:
+        model: called as `model(batch, label_smoothing, seed)`; frozen parameters already say so.
+        loader: the steps, by number.
+        engine: makes the updates.
+        config: the run; `config.schedule.total_steps` steps in all.
+        output: `checkpoints/`, `best/`, `last/`, `log.jsonl`, `loss.png` and `summary.json` go here.
+        validate: called with the averaged weights in the model; `config.validation.metric` of what it returns counts.
+        export: writes the model, as it is when called, as a checkpoint folder for answering; all of it or nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: GroupedLoader,
+        engine: Engine,
+        config: TrainConfig,
+        output: Path,
+        *,
+        device: torch.device,
+        validate: Validate | None = None,
+        export: Export | None = None,
+    ) -> None:
+        self.model, self.loader, self.engine, self.config, self.output = model, loader, engine, config, output
+        self.device, self.validate, self.export = device, validate, export
+        self.ema = Ema(model, config.ema.decay) if config.ema.decay else None
+        self.progress = Progress()
+        self.store = CheckpointStore(output / "checkpoints", config.checkpoint.keep_last)
+        self._signal: int | None = None
+        self._may_interrupt = False
+        self._ceiling: float | None = None
+        self._saved = 0  # the step of the last checkpoint, written or read
+
+    def fit(self, stop_at: int | None = None) -> dict[str, Any]:
+        """Trains to the schedule's end, to an early stop, or to `stop_at` steps; saves; returns the summary.
+
+        Raises:
+            NotFinite: before the update that would have spoilt the weights.
+            Stopped: on SIGTERM or SIGINT, after saving.
+            CheckpointNotSaved: the disk is full.
+        """
+        total = self.config.schedule.total_steps
+        last = min(total, stop_at if stop_at is not None else total)
+        started, first = time.perf_counter(), self.progress.step
+        log = RunLog(self.output, total, first, self.config.log.tensorboard)
+        self.model.train()
+        try:
+            with self._signals():
+                self._measure_ceiling(log)
+                self._run(last, total, log)
+                self._finish()
+            draw_curves(self.output, self.config.validation.metric)
+            return self._summary(first, time.perf_counter() - started)
+        finally:
+            log.close()
+
+    def _run(self, last: int, total: int, log: RunLog) -> None:
+        if self.progress.step and self._between_steps(self.progress.step, total, log):
+            return  # what a signal kept the run from doing after its last step
+        with closing(self.loader.steps(self.progress.step)) as steps:
+            interval = Interval(started=time.perf_counter())
+            while self.progress.step < last:
+                asked = time.perf_counter()
+                work = next(steps)
+                interval.waited += time.perf_counter() - asked
+                self._step(work, interval)
+                done = self.progress.step = self.progress.step + 1
+                if done % self.config.log.every == 0 or done == last:
+                    self._log(log, interval)
+                    interval = Interval(started=time.perf_counter())
+                paused = time.perf_counter()
+                if self._between_steps(done, total, log):
+                    return
+                interval.started += time.perf_counter() - paused  # validation and saving are not the step's time
+
+    def _between_steps(self, done: int, total: int, log: RunLog) -> bool:
+        """Validation, checkpoint and signals that are due after a step; True where the run should stop early."""
+        self._leave_if_signalled()
+        validation, progress = self.config.validation, self.progress
+        due = done == total or (validation.every and done % validation.every == 0)
+        if self.validate is not None and due and progress.validated != done:
+            self._validate(log)
+        if 0 < validation.patience <= progress.worse_in_a_row:
+            log.say(f"no better {validation.metric} in {progress.worse_in_a_row} validations: done")
+            return True
+        every = self.config.checkpoint.every
+        if every and done % every == 0 and done != total and progress.step != self._saved:
+            self.save()
+        self._leave_if_signalled()
+        return False
+
+    def _step(self, work: Step, interval: Interval) -> None:
+        config, index = self.config, work.index
+        total = torch.zeros((), device=self.device)
+        tokens, losses = torch.zeros((), dtype=torch.int64, device=self.device), []
+        for number, part in enumerate(work.parts):
+            batch = part.batch.to(self.device, non_blocking=True)
+            seed = hash64(config.seed, _DROPOUT, index, number) >> 1
+            with self._autocast():
+                if batch.image_tokens is not None and not config.bf16:
+                    batch.image_tokens = batch.image_tokens.float()
+                output = self.model(batch, config.label_smoothing, seed)
+                loss = output.loss_per_row.sum() / work.num_rows
+            self.engine.backward(loss, number == len(work.parts) - 1)
+            total, tokens = total + loss.detach(), tokens + output.num_tokens.sum()
+            losses.append(output.loss_per_row.detach())
+        # The step's one wait for the device: loss and norm must be known before the update.
+        value, norm, count = torch.stack(
+            [total.double(), self.engine.gradient_norm().double(), tokens.double()]
+        ).tolist()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise self._not_finite(work, losses, value, norm)
+        self.engine.step(rate_share(index, config.schedule), config.optimizer.clip, norm)
+        if self.ema is not None:
+            self.ema.update()
+        interval.steps, interval.loss, interval.norm = interval.steps + 1, interval.loss + value, interval.norm + norm
+        interval.tokens, interval.rows = interval.tokens + int(count), interval.rows + work.num_rows
+        interval.images += work.num_images
+        interval.flops += self._flops(work, int(count))
+
+    def _flops(self, work: Step, tokens: int) -> float:
+        model_config = getattr(self.model, "config", None)
+        if model_config is None:
+            return 0.0
+        words = self.model.get_parameter("encoder.embeddings.word.weight").requires_grad
+        share = [tokens * len(part.qids) / work.num_rows for part in work.parts]
+        return sum(
+            training_flops(model_config, part.batch, round(n), self.config.train_vision, words)
+            for part, n in zip(work.parts, share, strict=True)
+        )
+
+    def _not_finite(self, work: Step, losses: list[Tensor], value: float, norm: float) -> NotFinite:
+        """Names the rows whose own loss is not finite; where only a gradient is not, all rows of the step."""
+        qids = [qid for part in work.parts for qid in part.qids]
+        bad = (~torch.cat(losses).isfinite()).tolist()
+        named = [qid for qid, is_bad in zip(qids, bad, strict=True) if is_bad] or qids
+        what = f"loss {value}" if not math.isfinite(value) else f"gradient norm {norm}"
+        return NotFinite(
+            f"step {work.index + 1}: {what}; stopped before the update. Rows: {', '.join(named)}. "
+            f"Check these rows or lower the rates, and start anew with --init on the best weights so far"
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds the moving average (where there is one) and is in evaluation mode."""
+        self.model.eval()
+        try:
+            with self.ema.applied() if self.ema is not None else nullcontext():
+                yield
+        finally:
+            self.model.train()
+
+    def _validate(self, log: RunLog) -> None:
+        assert self.validate is not None
+        started, progress, name = time.perf_counter(), self.progress, self.config.validation.metric
+        with self.averaged(), torch.no_grad():
+            self._may_interrupt = True  # nothing of the run's state changes meanwhile
+            self._leave_if_signalled()
+            metrics = self.validate(self.model)
+            self._may_interrupt = False
+            if name not in metrics:
+                raise ValueError(f"validation.metric: got {name!r}; validation gives {', '.join(metrics)}")
+            value = metrics[name]
+            better = progress.best is None or value > progress.best
+            if better:
+                progress.best, progress.best_step, progress.worse_in_a_row = value, progress.step, 0
+                self._export("best")
+            else:
+                progress.worse_in_a_row += 1
+            progress.validated = progress.step
+        log.write("validation", progress.step, {**metrics, "seconds": round(time.perf_counter() - started, 2)})
+        shown = "  ".join(f"{key} {v:.4f}" for key, v in metrics.items())
+        log.say(f"step {progress.step}  validation: {shown}{'  (best so far)' if better else ''}")
+
+    def _export(self, name: str) -> None:
+        if self.export is not None:
+            with saving(self.output / name):
+                self.export(self.output / name)
+
+    def _finish(self) -> None:
+        with self.averaged():
+            self._export("last")
+        self.save()
+
+    def _log(self, log: RunLog, interval: Interval) -> None:
+        seconds = max(time.perf_counter() - interval.started, 1e-9)
+        step, rate = self.progress.step, self.config.optimizer.rate_new
+        values: dict[str, Any] = {
+            "loss": interval.loss / interval.steps,
+            "loss_per_token": interval.loss / interval.steps * interval.rows / max(interval.tokens, 1),
+            "gradient_norm": interval.norm / interval.steps,
+            "rate_new": rate * rate_share(step - 1, self.config.schedule),
+            "epoch": round(self.loader.sampler.epoch_of_step(step), 4),
+            "samples_per_s": interval.rows / seconds,
+            "images_per_s": interval.images / seconds,
+            "s_per_step": seconds / interval.steps,
+            "data_wait_share": interval.waited / seconds,
+            "gflops_per_s": interval.flops / seconds / 1e9,
+            "eta_s": (self.config.schedule.total_steps - step) * seconds / interval.steps,
+        }
+        if self._ceiling:
+            values["ceiling_share"] = interval.flops / seconds / self._ceiling
+        if self.device.type == "cuda":
+            values["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        log.write("train", step, values)
+        log.progress(step, values)
+
+    def _measure_ceiling(self, log: RunLog) -> None:
+        if self.config.log.ceiling:
+            self._ceiling = matmul_ceiling(self.device, torch.bfloat16 if self.config.bf16 else torch.float32)
+            log.write("ceiling", self.progress.step, {"gflops_per_s": self._ceiling / 1e9})
+
+    def _summary(self, first: int, seconds: float) -> dict[str, Any]:
+        summary = {**asdict(self.progress), "total_steps": self.config.schedule.total_steps}
+        summary |= {"metric": self.config.validation.metric, "resumed_from": first, "seconds": round(seconds, 1)}
+        write_json(self.output / "summary.json", summary)
+        return summary
+
+    # ---- state ----
+
+    def save(self) -> Path:
+        """The whole state as a checkpoint of the present step."""
+        path = self.store.save(self.progress.step, self._write, self.progress.best_step)
+        self._saved = self.progress.step
+        return path
+
+    def _write(self, folder: Path) -> None:
+        save_tensors(model_tensors(self.model), folder / "model.safetensors")
+        if self.ema is not None:
+            save_tensors(self.ema.average, folder / "average.safetensors")
+        self.engine.save(folder)
+        save_random(folder)
+        state = {
+            "progress": asdict(self.progress),
+            "average_updates": self.ema.num_updates if self.ema is not None else 0,
+            "config": self.config.to_dict(),
+        }
+        write_json(folder / "state.json", state)
+
+    def resume(self, path: Path) -> None:
+        """Continues from a checkpoint folder, exactly: what follows is what would have followed there.
+
+        Raises:
+            CheckpointCorrupt: the folder is damaged.
+            ValueError: it is of another model, or of a run that was configured otherwise.
+        """
+        verify(path)
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        check_same_run(TrainConfig.from_dict(state["config"]), self.config)
+        load_model_tensors(self.model, load_file(path / "model.safetensors"))
+        if self.ema is not None:
+            self.ema.load(load_file(path / "average.safetensors"), state["average_updates"])
+        self.engine.load(path)
+        load_random(path)
+        self.progress = Progress(**state["progress"])
+        self._saved = self.progress.step
+
+    # ---- signals ----
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask the run to save at the next step's end and leave; a second SIGINT leaves at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT and self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+            if self._may_interrupt:
+                self._may_interrupt = False
+                raise _Interrupted
+
+        names = (signal.SIGTERM, signal.SIGINT)
+        try:
+            before = {name: signal.signal(name, ask) for name in names}
+        except ValueError:  # not the main thread: signals are somebody else's
+            yield
+            return
+        try:
+            yield
+        except _Interrupted:
+            self._leave_if_signalled()
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _leave_if_signalled(self) -> None:
+        if self._signal is not None:
+            with self.averaged():
+                self._export("last")
+            path = self.save()
+            name = signal.Signals(self._signal).name
+            print(f"{name}: saved {path}; go on with --resume auto", flush=True)
+            raise Stopped(128 + self._signal)
+
+
+class _Interrupted(Exception):
+    """A signal during validation."""
+
+
+def check_same_run(saved: TrainConfig, now: TrainConfig) -> None:
+    """Raises ValueError where two configurations would not take the same steps, naming the keys that differ."""
+
+    def relevant(config: TrainConfig) -> dict[str, Any]:
+        values = {k: v for k, v in config.to_dict().items() if k not in _FREE}
+        values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
+        return flatten(values)
+
+    a, b = relevant(saved), relevant(now)
+    different = [f"{key}: {a.get(key)} there, {b.get(key)} now" for key in sorted(a | b) if a.get(key) != b.get(key)]
+    if different:
+        raise ValueError(
+            f"the checkpoint is of a run configured otherwise ({'; '.join(different[:4])}); resume with the same "
+            f"values, or start a new run in another --output with --init"
+        )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

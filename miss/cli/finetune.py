@@ -1,0 +1,284 @@
+"""`miss finetune`: trains a checkpoint to answer questions, from a YAML file whose every key is a flag too.
+
+Knows YAML, flags, and how validation's answers are judged; the training floor does the rest.
+"""
+
+import dataclasses
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+import yaml
+
+from miss.engine.training.config import TrainConfig
+from miss.models.config import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from miss.engine.data.processor import Processor
+    from miss.engine.training.finetune import Finetuning, Questions
+    from miss.engine.training.trainer import Validate
+
+
+@dataclass
+class Args:
+    """Train a checkpoint to answer questions about images.
+
+    miss finetune --config configs/finetune-slake.yaml --init START --output runs/slake [--key value …]
+
+    Every key of the configuration is a flag: --optimizer.rate-new 1e-4 --data.train.0.weight 2 --bf16 false. In the end
+    OUTPUT/best and OUTPUT/last are checkpoint folders for `miss answer` and `miss evaluate`, with averaged weights.
+    """
+
+    config: Path | None = None
+    """YAML file with the keys below; without one all have their defaults."""
+    output: Path | None = None
+    """Folder of the run: checkpoints, log.jsonl, loss.png, best/, last/."""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint in --output, if any; none: start anew; or a checkpoint's folder."""
+    max_steps: int | None = None
+    """Stop (and save) once so many steps are done; the schedule keeps its length."""
+    dry_run: bool = False
+    """Read everything, show sizes, take one step on two images, save, load; nothing of it is kept."""
+    print_config: bool = False
+    """Print the configuration as it is after file and flags, and leave."""
+    command: tyro.conf.Suppress[str] = ""
+    train: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=TrainConfig)
+
+
+def read_args(argv: list[str], prog: str) -> Args:
+    """Flags over the file that --config names over defaults."""
+    argv = [
+        word.capitalize() if word in ("true", "false") and before.startswith("--") else word
+        for before, word in zip(["", *argv], argv, strict=False)
+    ]
+    path = config_path(argv)
+    train = TrainConfig.from_dict(read_yaml(path)) if path else TrainConfig()
+    default = Args(config=path, command=shlex.join([*prog.split(), *argv]), train=train)
+    return tyro.cli(Args, args=argv, prog=prog, default=default)
+
+
+def config_path(argv: list[str]) -> Path | None:
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            return Path(argv[i + 1])
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config="))
+    return None
+
+
+class Loader(yaml.SafeLoader):
+    """YAML whose `1e-4` is a number, as people mean it (YAML 1.1 wants `1.0e-4`)."""
+
+
+Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file.
+
+    Raises:
+        ConfigError: it is missing, or not a YAML mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--config {path}: {getattr(error, 'strerror', None) or 'not text'}; wanted a YAML file"
+        ) from None
+    try:
+        values = yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: got {type(values).__name__}; wanted a mapping of keys")
+    return values
+
+
+def main(args: Args) -> int:
+    if args.print_config:
+        print(yaml.safe_dump(args.train.to_dict(), sort_keys=False), end="")
+        return 0
+    if args.output is None and not args.dry_run:
+        raise ConfigError("--output: missing; wanted the folder for checkpoints, logs and results")
+    if args.dry_run:
+        return dry_run(args)
+    assert args.output is not None
+    return finetune(args, args.output)
+
+
+def finetune(args: Args, output: Path) -> int:
+    from miss.engine.training.checkpoint import CheckpointStore
+    from miss.engine.training.finetune import prepare
+
+    store = CheckpointStore(output / "checkpoints")
+    store.clean()
+    resume = choose_checkpoint(args.resume, store)
+    run = prepare(args.train, output, validate=make_validate(args.train), resume=resume, tell=tell)
+    write_record(args, output)
+    describe(run)
+    if resume is not None:
+        tell(f"going on from {resume} (step {run.trainer.progress.step})")
+    summary = run.trainer.fit(args.max_steps)
+    best = (
+        f"best {summary['metric']} {summary['best']:.4f} at step {summary['best_step']}" if summary["best_step"] else ""
+    )
+    tell(f"{summary['step']} of {summary['total_steps']} steps in {summary['seconds']:.0f} s. {best}")
+    tell(f"checkpoint folders: {', '.join(str(output / n) for n in ('best', 'last') if (output / n).is_dir())}")
+    return 0
+
+
+def choose_checkpoint(resume: str, store: Any) -> Path | None:
+    """The training checkpoint that --resume means."""
+    if resume == "auto":
+        return store.newest()  # type: ignore[no-any-return]
+    if resume == "none":
+        if store.steps():
+            raise ConfigError(
+                f"--resume none: {store.folder} holds checkpoints of an earlier run; choose another --output, remove "
+                f"them, or --resume auto"
+            )
+        return None
+    path = Path(resume)
+    if not path.is_dir():
+        raise ConfigError(f"--resume: got {resume!r}; accepted: auto, none, or a folder under OUTPUT/checkpoints")
+    from miss.engine.training.checkpoint import verify
+
+    verify(path)
+    return path
+
+
+def make_validate(config: TrainConfig) -> Any:
+    """How validation's answers are made and judged: greedily, by exact match after the documented normaliser."""
+
+    def for_questions(processor: "Processor", questions: "Questions") -> "Validate":
+        return lambda model: exact_match_metrics(model, processor, questions, config)
+
+    return for_questions
+
+
+def exact_match_metrics(
+    model: "nn.Module", processor: "Processor", questions: "Questions", config: TrainConfig
+) -> dict[str, float]:
+    """`accuracy` over all questions, by answer type and by data set, and the mean over data sets (`accuracy_sets`)."""
+    from miss.engine.evaluation.protocols import answer_type, exact_match
+    from miss.engine.runtime.generate import generate
+    from miss.models.vqa import MissVQA
+
+    assert isinstance(model, MissVQA)
+    device = next(model.parameters()).device
+    right: dict[str, list[bool]] = defaultdict(list)
+    for part, samples in questions.batches(config.validation.batch_questions):
+        batch = part.batch.to(device)
+        tokens = None if batch.image_tokens is None else batch.image_tokens.to(next(model.parameters()).dtype)
+        made = generate(
+            model,
+            batch.pixels,
+            batch.image_index,
+            batch.question_ids,
+            batch.question_lengths,
+            config.validation.max_new_tokens,
+            image_tokens=tokens,
+        )
+        for sample, hypotheses in zip(samples, made.hypotheses, strict=True):
+            text = processor.decode(hypotheses[0].token_ids)
+            for key in ("accuracy", answer_type(sample.answer_type, sample.answer), f"set {sample.dataset}"):
+                right[key].append(exact_match(text, sample.answer))
+    shares = {key: sum(values) / len(values) for key, values in right.items()}
+    sets = {key.removeprefix("set "): value for key, value in sorted(shares.items()) if key.startswith("set ")}
+    metrics = {"accuracy": shares["accuracy"], "accuracy_sets": sum(sets.values()) / len(sets)}
+    metrics |= {f"accuracy_{kind}": shares[kind] for kind in ("open", "closed") if kind in shares}
+    return metrics | {f"accuracy_{name}": value for name, value in sets.items()}
+
+
+def dry_run(args: Args) -> int:
+    """Everything once, small, in a folder that goes away."""
+    from miss.engine.training.finetune import prepare
+
+    small = {"total_steps": 1, "warmup_steps": 0}
+    train = dataclasses.replace(
+        args.train,
+        data=dataclasses.replace(args.train.data, images_per_step=2, accumulation=1, cache=None),
+        schedule=dataclasses.replace(args.train.schedule, **small),  # type: ignore[arg-type]
+        augment=dataclasses.replace(args.train.augment, copies=1),
+        log=dataclasses.replace(args.train.log, tensorboard=False, ceiling=False),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare(train, Path(folder), validate=make_validate(train), tell=tell, most_images=2)
+        describe(run)
+        tell(f"steps: {args.train.schedule.total_steps}, {steps_an_epoch(args.train, run):.0f} an epoch")
+        run.trainer.fit()
+        newest = run.trainer.store.newest()
+        assert newest is not None
+        run.trainer.resume(newest)
+    tell("dry run: one step, validation, saving and loading work; nothing was kept")
+    return 0
+
+
+def steps_an_epoch(config: TrainConfig, run: "Finetuning") -> float:
+    return sum(group.weight for group in run.mix_train) / config.data.images_per_step
+
+
+def describe(run: "Finetuning") -> None:
+    """What will be trained on what, and the memory that weights and optimiser take."""
+    parameters = list(run.model.parameters())
+    total, trained = (sum(p.numel() for p in ps) for ps in (parameters, [p for p in parameters if p.requires_grad]))
+    bytes_each = 4 + 8 + (4 if run.config.ema.decay else 0)
+    tell(
+        f"{run.model.config.name}: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained; weights, gradients, "
+        f"optimiser and average: {(4 * total + bytes_each * trained) / 1e6:.0f} MB"
+    )
+    for name, groups in (("train", run.mix_train), ("validation", run.mix_validation)):
+        sets: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for group in groups:
+            sets[group.samples[0].dataset][0] += 1
+            sets[group.samples[0].dataset][1] += len(group.samples)
+        tell(f"{name}: " + ", ".join(f"{key} {q} questions on {i} images" for key, (i, q) in sets.items()))
+
+
+def write_record(args: Args, output: Path) -> None:
+    """`config.yaml` (as resolved) and `environment.json` (versions, commit, command), beside the results."""
+    import torch
+
+    import miss
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(yaml.safe_dump(args.train.to_dict(), sort_keys=False), encoding="utf-8")
+    environment = {
+        "command": args.command,
+        "miss": miss.__version__,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "platform": platform.platform(),
+    }
+    (output / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, with `-dirty` where files were changed; None where it is installed without one."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
