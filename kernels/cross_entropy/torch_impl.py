@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from miss.kernels.registry import accumulator
 
 # Elements of the float32 blocks that the softmax is taken over: on CPU a block stays in the second-level cache.
-BLOCK = {"cpu": 2**18, "cuda": 2**25}
+BLOCK = {"cpu": 2**20, "cuda": 2**25}
 # Logits that one product may hold, in elements: beyond it the rows are taken in parts.
 PART = 2**27
 

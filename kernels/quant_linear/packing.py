@@ -1,0 +1,273 @@
+"""The one truth about packed weights: what the bytes mean, how they are made, how they lie in a file.
+
+Knows single matrices; does not know which layers are packed, calibration data, or the product's kernels.
+
+Shapes: N rows (outputs, or tokens of a table), K columns (inputs, or width), G = ceil(K / group) groups.
+
+int8   w[n, k] = data[n, k] * scale[n]                       data int8 (N, K) in -127 … 127; scale float32 (N,)
+int4   w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]     g = k // group; code 0 … 15; scale float16 (N, G), may be
+                                                             negative; zero uint8 (N, G), or absent and then 8
+       data uint8 (N, G * group / 2): byte j of a group holds the codes of its columns j (low nibble) and
+       j + group / 2 (high nibble), so that unpacking yields runs, not single columns. Columns that the last group has
+       beyond K hold the code of zero and are never read.
+
+int4's products are exact in float32 (4 + 11 bits), so that every implementation dequantises to the same numbers.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUPS = (32, 64, 128)
+_VERSION = 1
+# Fractions of the full range that the scale search tries: outliers are often better cut than kept.
+_FRACTIONS = tuple(1.15 - 0.025 * i for i in range(28))
+
+
+class PackingError(ValueError):
+    """A weight that cannot be packed, or tensors that are no packed weight."""
+
+
+class PackedWeight(NamedTuple):
+    """A packed (N, K) matrix. `dynamic` asks for int8 activations too (W8A8), scaled row by row as they come."""
+
+    data: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    scheme: str
+    group: int
+    shape: tuple[int, int]
+    dynamic: bool = False
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        zero = None if self.zero is None else self.zero.to(device)
+        return self._replace(data=self.data.to(device), scale=self.scale.to(device), zero=zero)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
+
+
+def pack_int8(weight: Tensor, dynamic: bool = False) -> PackedWeight:
+    """Symmetric, a scale a row: round(w / scale) with scale = max|row| / 127.
+
+    Args:
+        weight: float (N, K).
+        dynamic: multiply with int8 activations (W8A8).
+
+    Raises:
+        PackingError: the weight is not a finite float matrix.
+    """
+    w = _checked(weight)
+    largest = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    data = torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8)
+    return PackedWeight(data, scale, None, "int8", 0, _shape(w), dynamic)
+
+
+def pack_int4(
+    weight: Tensor, group: int = 64, symmetric: bool = True, search: bool = True, importance: Tensor | None = None
+) -> PackedWeight:
+    """Groups of `group` columns with a float16 scale each, and a zero point each unless symmetric.
+
+    Args:
+        weight: float (N, K).
+        group: 32, 64 or 128.
+        search: choose each group's scale (and zero) for the least squared error, not to cover its range; never worse.
+        importance: non-negative (K,), what a column's squared error counts, such as its input's mean square.
+
+    Raises:
+        PackingError: the weight is not a finite float matrix, is too large for float16 scales, or `group` is another.
+    """
+    if group not in GROUPS:
+        raise PackingError(f"int4 group: got {group}; accepted: {', '.join(map(str, GROUPS))}")
+    w = _checked(weight)
+    if importance is not None and importance.shape != w.shape[1:]:
+        raise PackingError(f"importance is {tuple(importance.shape)}; wanted ({w.shape[1]},), one number a column")
+    if w.numel() and w.abs().max() > 65504 * 7:
+        raise PackingError(f"weights up to {w.abs().max():.3g}: their int4 scales do not fit float16")
+    counted = torch.ones(w.shape[1], device=w.device) if importance is None else importance.float().to(w.device)
+    groups, cost = _grouped(w, group), _grouped(counted[None], group)
+    best = _range_fit(groups, cost, symmetric)
+    if search:
+        for fraction in _FRACTIONS:
+            for candidate in _candidates(groups, cost, symmetric, fraction):
+                best = _better(best, candidate)
+        for _ in range(2):
+            best = _better(best, _least_squares(groups, cost, best))
+    return PackedWeight(
+        _to_nibbles(best.codes), best.scale.half(), None if symmetric else best.zero.to(torch.uint8),
+        "int4", group, _shape(w),
+    )  # fmt: skip
+
+
+def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The (N, K) matrix that the packed one stands for, computed in float32 (float64 in float64), in `dtype`."""
+    return dequantise(packed.data, packed.scale, packed.zero, packed.shape[1], packed.group, dtype)
+
+
+def dequantise(
+    data: Tensor, scale: Tensor, zero: Tensor | None, columns: int, group: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`unpack` on bare tensors; the leading dimensions of data, scale and zero are any, but the same."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    if data.dtype == torch.int8:
+        return (data.to(acc) * scale.to(acc)[..., None]).to(dtype)
+    codes = from_nibbles(data, group).to(acc)
+    s = scale.to(acc)
+    offset = s * -8 if zero is None else s * -zero.to(acc)
+    # code * scale and zero * scale are exact, hence so is their difference, (code - zero) * scale.
+    w = torch.addcmul(offset[..., None], codes, s[..., None]).flatten(-2)
+    return w[..., :columns].to(dtype)
+
+
+def from_nibbles(data: Tensor, group: int) -> Tensor:
+    """Codes uint8 (…, G, group) of bytes (…, G * group / 2)."""
+    pairs = data.unflatten(-1, (data.shape[-1] * 2 // group, group // 2))
+    return torch.cat([pairs & 15, pairs >> 4], -1)
+
+
+def to_flat(packed: PackedWeight, prefix: str) -> dict[str, Tensor]:
+    """The packed weight as `{prefix}.data`, `.scale`, `.zero` (where there is one) and `.layout`, for safetensors."""
+    bits = 8 if packed.scheme == "int8" else 4
+    layout = [_VERSION, bits, packed.group, *packed.shape, int(packed.dynamic)]
+    flat = {"data": packed.data, "scale": packed.scale, "layout": torch.tensor(layout, dtype=torch.int64)}
+    if packed.zero is not None:
+        flat["zero"] = packed.zero
+    return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in flat.items()}
+
+
+def from_flat(tensors: Mapping[str, Tensor], prefix: str) -> PackedWeight:
+    """The inverse of `to_flat`; other names in `tensors` are left alone.
+
+    Raises:
+        PackingError: a part is missing, or its dtype or shape is not what the layout says.
+    """
+    parts = {name: tensors.get(f"{prefix}.{name}") for name in ("data", "scale", "zero", "layout")}
+    data, scale, layout = parts["data"], parts["scale"], parts["layout"]
+    if data is None or scale is None or layout is None:
+        missing = [f"{prefix}.{name}" for name in ("data", "scale", "layout") if parts[name] is None]
+        raise PackingError(f"packed weight {prefix}: missing {', '.join(missing)}")
+    if layout.dtype != torch.int64 or layout.shape != (6,) or layout[0] != _VERSION:
+        raise PackingError(f"packed weight {prefix}: layout {layout.tolist()}; wanted six numbers, version {_VERSION}")
+    _, bits, group, rows, columns, dynamic = (int(v) for v in layout.tolist())
+    if bits not in (4, 8) or (bits == 4 and group not in GROUPS) or (bits == 4 and dynamic):
+        raise PackingError(f"packed weight {prefix}: {bits} bits, group {group}, dynamic {dynamic} is not a scheme")
+    packed = PackedWeight(
+        data, scale, parts["zero"], "int8" if bits == 8 else "int4", group, (rows, columns), bool(dynamic)
+    )
+    _check_parts(packed, prefix)
+    return packed
+
+
+def packed_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The prefixes of the packed weights among `tensors`, in their order."""
+    return [name.removesuffix(".layout") for name in tensors if name.endswith(".layout")]
+
+
+def _check_parts(packed: PackedWeight, prefix: str) -> None:
+    rows, columns = packed.shape
+    num_groups = -(-columns // packed.group) if packed.group else 0
+    wanted = (
+        {"data": (torch.int8, (rows, columns)), "scale": (torch.float32, (rows,))}
+        if packed.scheme == "int8"
+        else {
+            "data": (torch.uint8, (rows, num_groups * packed.group // 2)),
+            "scale": (torch.float16, (rows, num_groups)),
+            "zero": (torch.uint8, (rows, num_groups)),
+        }
+    )
+    for name in ("data", "scale", "zero"):
+        tensor = getattr(packed, name)
+        if tensor is None:
+            continue
+        if name not in wanted:
+            raise PackingError(f"packed weight {prefix}: {prefix}.{name} does not belong to {packed.scheme}")
+        dtype, shape = wanted[name]
+        if tensor.dtype != dtype or tensor.shape != shape:
+            raise PackingError(
+                f"packed weight {prefix}: {prefix}.{name} is {tensor.dtype} {tuple(tensor.shape)}; wanted {dtype} {shape}"
+            )
+
+
+class _Fit(NamedTuple):
+    """A quantisation of all groups: codes (N, G, group) float, scale and zero (N, G), squared error (N, G)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    error: Tensor
+
+
+def _fit(groups: Tensor, cost: Tensor, scale: Tensor, zero: Tensor) -> _Fit:
+    """The nearest codes under these scales, as stored in float16."""
+    scale = scale.half().float()
+    scale = torch.where(scale == 0, 1.0, scale)  # an all but empty group: every code is its zero point
+    codes = torch.round(groups / scale[..., None] + zero[..., None]).clamp_(0, 15)
+    error = (codes - zero[..., None]).mul_(scale[..., None]).sub_(groups).square_().mul_(cost).sum(-1)
+    return _Fit(codes, scale, zero, error)
+
+
+def _better(a: _Fit, b: _Fit) -> _Fit:
+    """Group by group the one with the smaller error."""
+    take = b.error < a.error
+    return _Fit(torch.where(take[..., None], b.codes, a.codes), *(torch.where(take, y, x) for x, y in zip(a[1:], b[1:])))
+
+
+def _range_fit(groups: Tensor, cost: Tensor, symmetric: bool) -> _Fit:
+    """The scale that just covers the group's range."""
+    if symmetric:
+        scale = groups.abs().amax(-1) / 7
+        return _fit(groups, cost, scale, torch.full_like(scale, 8))
+    return _asymmetric(groups, cost, 1.0, 0)
+
+
+def _asymmetric(groups: Tensor, cost: Tensor, fraction: float, shift: int) -> _Fit:
+    low, high = groups.amin(-1).clamp_max(0) * fraction, groups.amax(-1).clamp_min(0) * fraction
+    scale = (high - low) / 15
+    zero = torch.round(-low / torch.where(scale == 0, 1.0, scale)) + shift
+    return _fit(groups, cost, scale, zero.clamp_(0, 15))
+
+
+def _candidates(groups: Tensor, cost: Tensor, symmetric: bool, fraction: float) -> list[_Fit]:
+    if not symmetric:
+        return [_asymmetric(groups, cost, fraction, shift) for shift in (-1, 0, 1)]
+    # The codes reach from -8 to 7: a negative scale gives the longer side to the positive weights.
+    scale = groups.abs().amax(-1) / 8 * fraction
+    zero = torch.full_like(scale, 8)
+    return [_fit(groups, cost, sign * scale, zero) for sign in (1, -1)]
+
+
+def _least_squares(groups: Tensor, cost: Tensor, fit: _Fit) -> _Fit:
+    """The best scale for the codes at hand, and the best codes for that scale."""
+    steps = fit.codes - fit.zero[..., None]
+    power = (steps * steps * cost).sum(-1)
+    scale = (steps * groups * cost).sum(-1) / torch.where(power == 0, 1.0, power)
+    return _fit(groups, cost, scale, fit.zero)
+
+
+def _grouped(w: Tensor, group: int) -> Tensor:
+    """(N, K) as (N, G, group), padded with zeros."""
+    num_groups = -(-w.shape[1] // group)
+    return torch.nn.functional.pad(w, (0, num_groups * group - w.shape[1])).unflatten(1, (num_groups, group))
+
+
+def _to_nibbles(codes: Tensor) -> Tensor:
+    low, high = codes.to(torch.uint8).chunk(2, -1)
+    return (low | (high << 4)).flatten(1)
+
+
+def _shape(w: Tensor) -> tuple[int, int]:
+    return int(w.shape[0]), int(w.shape[1])
+
+
+def _checked(weight: Tensor) -> Tensor:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise PackingError(f"a weight to pack is a float matrix; got {weight.dtype} {tuple(weight.shape)}")
+    w = weight.detach().float()
+    if not torch.isfinite(w).all():
+        raise PackingError("a weight to pack has infinite or NaN values")
+    return w

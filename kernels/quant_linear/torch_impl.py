@@ -1,0 +1,51 @@
+"""Products with packed weights by PyTorch's own kernels.
+
+Knows PyTorch's functions and their shape rules; does not know other implementations.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from miss.kernels.quant_linear.packing import dequantise
+from miss.kernels.quant_linear.reference import quantise_rows, rescale
+from miss.kernels.registry import HALVES
+
+
+def forward(
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, columns: int, group: int
+) -> Tensor:
+    if data.dtype == torch.int8 and x.dtype not in HALVES:
+        # The codes are exact as floats, so that scaling the outputs spares a pass over the weight.
+        y = F.linear(x, data.to(x.dtype)) * scale.to(x.dtype)
+        return y if bias is None else y.add_(bias)
+    weight = dequantise(data, scale, zero, columns, group, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def backward(dy: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, columns: int, group: int) -> Tensor:
+    return dy @ dequantise(data, scale, zero, columns, group, dy.dtype)
+
+
+def dynamic_limits(x: Tensor, data: Tensor, *_: object) -> str | None:
+    """cuBLAS's int8 product wants multiples of 8 (rows are padded here)."""
+    if x.device.type == "cuda" and (data.shape[0] % 8 or data.shape[1] % 8):
+        return f"torch._int_mm on cuda needs multiples of 8, got a weight of {tuple(data.shape)}"
+    return None
+
+
+def dynamic(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    codes, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
+    num_rows = len(codes)
+    if x.device.type == "cuda" and 0 < num_rows <= 16:  # torch._int_mm takes more than 16 rows there
+        codes = F.pad(codes, (0, 0, 0, 17 - num_rows))
+    empty = 0 in (num_rows, *data.shape)
+    total = codes.new_zeros(num_rows, len(data), dtype=torch.int32) if empty else torch._int_mm(codes, data.t())
+    return rescale(total[:num_rows], x_scale, scale, bias, x.dtype).view(*x.shape[:-1], len(data))
+
+
+def embedding(
+    scale: Tensor, data: Tensor, zero: Tensor | None, ids: Tensor, columns: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    rows = None if zero is None else zero[ids]
+    return dequantise(data[ids], scale[ids], rows, columns, group, dtype).contiguous()
