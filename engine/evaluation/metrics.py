@@ -70,7 +70,8 @@ class ClusterBootstrap:
 
     def totals(self, columns: ArrayLike) -> Floats:
         """The columns' sums in each resample: (rows, K) -> (resamples, K)."""
-        columns = np.asarray(columns, dtype=np.float64).reshape(self.num_rows, -1)
+        columns = np.asarray(columns, dtype=np.float64)
+        assert columns.ndim == 2 and len(columns) == self.num_rows, f"got {columns.shape} for {self.num_rows} rows"
         sums = np.zeros((self.num_clusters, columns.shape[1]))
         np.add.at(sums, self.index, columns)
         parts = [draw @ sums for draw in self.draws(columns.shape[1])]

@@ -2,7 +2,7 @@
 
 Knows strings; does not know models, images, files or statistics.
 
-The normaliser, in order (golden tests in tests/engine/test_protocols.py):
+The normaliser, in this order until nothing changes (golden tests in tests/engine/test_protocols.py):
  1. Unicode NFKC, lower case, curly apostrophes made straight;
  2. clitics joined ("isn't", "isn ' t" -> "isnt"); spaces closed inside decimals ("6. 5" -> "6.5"), before "%";
  3. thousands commas dropped ("1,000" -> "1000"); every other punctuation character (Unicode categories P*, and `~^|)
@@ -55,6 +55,13 @@ _CURLY = str.maketrans("\u2018\u2019\u02bc", "'''")
 
 def normalise(text: str) -> str:
     """The one normaliser: see the head of this file. Normalising twice changes nothing."""
+    # One pass can bring up what another takes away ("0:.0" -> "0 .0" -> "0.0"): until nothing changes.
+    while (once := _normalise_once(text)) != text:
+        text = once
+    return text
+
+
+def _normalise_once(text: str) -> str:
     text = _fold(text)
     return _words(_strip_punctuation(_join(text))) or text
 
