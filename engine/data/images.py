@@ -143,7 +143,9 @@ def _read_file(path: str | Path, limits: ImageLimits) -> bytes:
         if isinstance(error, ImageError):
             raise
         # A NUL character: no file has such a name.
-        raise ImageError(Reason.NOT_FOUND, "the image's path holds a character that no file name has") from None
+        raise ImageError(
+            Reason.NOT_FOUND, "the image's path holds a character that no file name has; check it"
+        ) from None
     limits.check_bytes(len(data))
     return data
 

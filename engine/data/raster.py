@@ -12,6 +12,7 @@ from PIL import Image, ImageFile
 from miss.engine.data.errors import ImageError, ImageLimits, Reason, check_frame
 
 # Pillow's own guard against decompression bombs stays on; what it would only warn of is an error here.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL(\.|$)")  # of odd metadata; the pixels are whole
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 EXIF_ORIENTATION = 0x0112
