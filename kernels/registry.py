@@ -25,6 +25,7 @@ from torch import Tensor
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ALL_FLOATS = FLOATS | {torch.float64}
 HALVES = frozenset({torch.float16, torch.bfloat16})
+BACKWARD = "_backward"  # how the name of an operation's backward table ends
 
 OPS: dict[str, "Op"] = {}
 
@@ -66,10 +67,19 @@ class Forced:
         self._lock = threading.Lock()
 
     def get(self, op: str) -> str | None:
-        for choice in reversed(self._stack):
+        """The implementation that is asked for, the innermost first; None where the choice is free.
+
+        An operation's backward table follows the forward one wherever it has an implementation of that name.
+        """
+        if not self._stack and not self._environment:
+            return None
+        forward = op.removesuffix(BACKWARD)
+        for choice in (*reversed(self._stack), self._environment):
             if op in choice:
                 return choice[op]
-        return self._environment.get(op)
+            if forward in choice and forward != op and choice[forward] in OPS[op].names:
+                return choice[forward]
+        return None
 
     def push(self, choice: dict[str, str]) -> None:
         check_choice(choice)
@@ -82,11 +92,13 @@ class Forced:
 
     def check_environment(self, op: "Op") -> None:
         """Called as each table registers, so that a wrong implementation name fails at import, not never."""
-        if op.name in self._environment:
-            check_choice({op.name: self._environment[op.name]})
+        asked = self._environment.get(op.name)
+        if asked is not None and asked not in op.names:
+            raise ValueError(f"MISS_KERNELS: {_no_implementation(op, asked)}")
 
-    def unknown_in_environment(self) -> list[str]:
-        return sorted(set(self._environment) - set(OPS))
+    def unknown_in_environment(self) -> dict[str, str]:
+        """What MISS_KERNELS asks of operations that no table has registered."""
+        return {op: impl for op, impl in self._environment.items() if op not in OPS}
 
 
 def parse_choice(text: str) -> dict[str, str]:
@@ -112,16 +124,30 @@ def _did_you_mean(name: str, known: list[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def _no_implementation(op: "Op", impl: str) -> str:
+    hint = _did_you_mean(impl, op.names)
+    return f"{op.name} has no implementation named {impl}{hint}; known: {', '.join(op.names)}"
+
+
 def check_choice(choice: dict[str, str]) -> None:
     """Raises ValueError where an operation or an implementation is not known, naming the ones that are."""
     for name, impl in choice.items():
         if name not in OPS:
             raise ValueError(f"no operation named {name}{_did_you_mean(name, list(OPS))}; known: {', '.join(OPS)}")
-        known = [i.name for i in OPS[name].impls]
-        if impl not in known:
-            raise ValueError(
-                f"{name} has no implementation named {impl}{_did_you_mean(impl, known)}; known: {', '.join(known)}"
-            )
+        if impl not in OPS[name].names:
+            raise ValueError(_no_implementation(OPS[name], impl))
+
+
+def check_environment_complete() -> None:
+    """To be called once every operation's module is imported: until then an unknown name may yet register.
+
+    Raises:
+        ValueError: MISS_KERNELS names an operation that does not exist.
+    """
+    try:
+        check_choice(_forced.unknown_in_environment())
+    except ValueError as error:
+        raise ValueError(f"MISS_KERNELS: {error}") from error
 
 
 _forced = Forced(os.environ.get("MISS_KERNELS", ""))
@@ -136,10 +162,6 @@ def use(**choice: str) -> Iterator[None]:
     Raises:
         ValueError: an operation or implementation of that name is not known.
     """
-    for op in list(choice):
-        twin = f"{op}_backward"
-        if twin in OPS and twin not in choice and choice[op] in {i.name for i in OPS[twin].impls}:
-            choice[twin] = choice[op]
     _forced.push(choice)
     try:
         yield
@@ -173,8 +195,9 @@ class Op:
         assert name not in OPS, f"{name} is registered twice"
         assert len({i.name for i in impls}) == len(impls), f"{name}: two implementations of one name"
         self.name, self.impls = name, impls
-        OPS[name] = self
+        self.names = [i.name for i in impls]
         _forced.check_environment(self)
+        OPS[name] = self
 
     def why_not(self, impl: Impl, *args: Any) -> str | None:
         """Why `impl` cannot serve these arguments (device and dtype are the first tensor's); None where it can."""

@@ -214,7 +214,9 @@ def _fit(groups: Tensor, cost: Tensor, scale: Tensor, zero: Tensor) -> _Fit:
 def _better(a: _Fit, b: _Fit) -> _Fit:
     """Group by group the one with the smaller error."""
     take = b.error < a.error
-    return _Fit(torch.where(take[..., None], b.codes, a.codes), *(torch.where(take, y, x) for x, y in zip(a[1:], b[1:])))
+    return _Fit(
+        torch.where(take[..., None], b.codes, a.codes), *(torch.where(take, y, x) for x, y in zip(a[1:], b[1:]))
+    )
 
 
 def _range_fit(groups: Tensor, cost: Tensor, symmetric: bool) -> _Fit:
