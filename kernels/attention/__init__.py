@@ -1,0 +1,6 @@
+"""Self-attention: bidirectional, padded, causal, packed sequences; dropout; forward and backward."""
+
+from miss.kernels.attention.op import attention, attention_varlen
+from miss.kernels.attention.reference import attention_probabilities
+
+__all__ = ["attention", "attention_probabilities", "attention_varlen"]

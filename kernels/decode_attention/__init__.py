@@ -1,0 +1,5 @@
+"""One new token a row against the slot cache."""
+
+from miss.kernels.decode_attention.op import decode_attention
+
+__all__ = ["decode_attention"]

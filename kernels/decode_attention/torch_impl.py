@@ -1,0 +1,17 @@
+"""Decode attention over gathered cache rows, as attention of one query.
+
+Knows what CPU may read of the lengths; does not know other implementations.
+"""
+
+from torch import Tensor
+
+from miss.kernels.attention.torch_impl import attend
+
+
+def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    if q.device.type == "cpu" and lengths.numel():
+        # Slots are of full length; what no row has written yet is not gathered. On CUDA that would wait for the device.
+        longest = int(lengths.max())
+        k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
+    k, v = k_cache.index_select(0, slots), v_cache.index_select(0, slots)
+    return attend(q[:, None], k, v, lengths, False, scale, None)[:, 0]

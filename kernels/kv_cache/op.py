@@ -1,0 +1,83 @@
+"""Writing to the slot cache, in place: append one token a row, reorder slots for beams.
+
+Knows where a row goes; does not know what it holds, or who owns a slot.
+
+    kv_append:   cache[slots[r], positions[r]] = new[r]                  caches (S, L, H, D), new k and v (R, H, D)
+    kv_reorder:  cache[target[r]] = cache[source[r]] as it was before    overlapping permutations are right
+
+Any dtype and strides; new rows are cast to the caches' dtype. slots, positions, source, target int32 or int64 (R,), each
+in range (the caller's word: reading them on the host would wait for a CUDA device; on CPU PyTorch raises IndexError
+above the range); (slot, position) pairs and targets are distinct. No gradient flows through the cache.
+"""
+
+import torch
+from torch import Tensor
+
+from miss.kernels.kv_cache import reference, torch_impl
+from miss.kernels.registry import ALL_FLOATS, Impl, Op
+
+APPEND = Op(
+    "kv_append",
+    Impl("torch", torch_impl.append, dtypes=ALL_FLOATS),
+    Impl("reference", reference.append, dtypes=ALL_FLOATS),
+)
+REORDER = Op(
+    "kv_reorder",
+    Impl("torch", torch_impl.reorder, dtypes=ALL_FLOATS),
+    Impl("reference", reference.reorder, dtypes=ALL_FLOATS),
+)
+
+
+@torch.library.custom_op("miss::kv_append", mutates_args=("k_cache", "v_cache"))
+def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
+    APPEND(k_cache, v_cache, k, v, slots, positions)
+
+
+@_append.register_fake
+def _(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("miss::kv_reorder", mutates_args=("k_cache", "v_cache"))
+def _reorder(k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    REORDER(k_cache, v_cache, source, target)
+
+
+@_reorder.register_fake
+def _(k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    return None
+
+
+def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
+    """Stores k, v (R, H, D) at `positions` (R,) of `slots` (R,) of the caches (S, L, H, D), in place.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape or k.shape != v.shape or k.shape[1:] != k_cache.shape[2:]:
+        raise ValueError(
+            f"kv_append: got caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}, k {tuple(k.shape)}, "
+            f"v {tuple(v.shape)}; wanted (S, L, H, D) twice, (R, H, D) twice"
+        )
+    if not slots.shape == positions.shape == k.shape[:1]:
+        raise ValueError(
+            f"kv_append: slots {tuple(slots.shape)}, positions {tuple(positions.shape)}; wanted ({k.shape[0]},)"
+        )
+    run = _append if torch.compiler.is_compiling() else APPEND
+    run(k_cache, v_cache, k.detach(), v.detach(), slots, positions)
+
+
+def kv_reorder(k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copies slots `source` (R,) of the caches (S, L, H, D) to slots `target` (R,), in place.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"kv_reorder: got caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}; wanted (S, L, H, D) twice"
+        )
+    if source.dim() != 1 or source.shape != target.shape:
+        raise ValueError(f"kv_reorder: source {tuple(source.shape)}, target {tuple(target.shape)}; wanted (R,) twice")
+    run = _reorder if torch.compiler.is_compiling() else REORDER
+    run(k_cache, v_cache, source, target)
