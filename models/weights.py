@@ -1,20 +1,19 @@
 """Checkpoint folders: written all at once, read strictly, every byte of the weights accounted for.
 
-Knows our names, shapes and files; does not know training, requests, or other projects' checkpoints (`foreign.py`, whose
-names are in `names.py`).
+Knows our names, shapes and files; does not know training, requests, or other projects' checkpoints
+(`conversion.py`, whose names are in `names.py`).
 
 A folder holds config.json, model.safetensors, tokenizer.json, preprocessor_config.json, generation_config.json and the
 model card README.md. The header of model.safetensors carries the SHA-256 of the tensors (names, types, shapes, bytes)
 and of the files that give them their meaning, so that an altered byte is an error and not another answer.
 """
 
+import contextlib
 import dataclasses
-import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,64 +25,19 @@ from torch import Tensor
 from miss.models.card import default_card
 from miss.models.config import ConfigError, GenerationConfig, MissConfig, PreprocessConfig, from_dict
 from miss.models.files import atomic_folder
-from miss.models.vision import interpolate_positions
+from miss.models.fitting import CheckpointError, LoadReport, fit
 from miss.models.vqa import MissVQA
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 PREPROCESSOR, GENERATION, CARD = "preprocessor_config.json", "generation_config.json", "README.md"
 SEALED = (CONFIG, PREPROCESSOR, TOKENIZER)  # files whose digests stand in the header of the weights
 MODEL_TYPE = "miss"
-POSITIONS = "vision.position_embedding"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written as it is; the message names the file or the tensor."""
 
 
 class HasText(Protocol):
     """A tokenizer that can write itself, as `tokenizers.Tokenizer` can."""
 
     def to_str(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Resized:
-    """A tensor that was interpolated to another shape."""
-
-    name: str
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of a checkpoint's tensors.
-
-    matched:    taken as they are
-    missing:    expected, not there; freshly initialised because that was allowed
-    unexpected: there, not expected; left out because that was allowed
-    resized:    interpolated to another shape
-    dropped:    left out by rule (a conversion's momentum twins, queues and copies)
-    digest:     SHA-256 of the tensors, "" where the file carries none
-    """
-
-    matched: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    resized: tuple[Resized, ...] = ()
-    dropped: tuple[str, ...] = ()
-    digest: str = ""
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.matched)} tensors matched, {len(self.missing)} missing, {len(self.unexpected)} unexpected, "
-            f"{len(self.resized)} resized, {len(self.dropped)} dropped"
-        ]
-        for title, names in (("missing", self.missing), ("unexpected", self.unexpected), ("dropped", self.dropped)):
-            if names:
-                lines.append(f"  {title}: {shown(names)}")
-        lines += [f"  resized: {r.name} {list(r.before)} -> {list(r.after)}" for r in self.resized]
-        return "\n".join(lines)
 
 
 def save_checkpoint(
@@ -164,30 +118,36 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[MissConfig, dict[str, A
     """
     folder = Path(folder)
     values = read_json(folder / CONFIG)
-    kind = values.pop("model_type", None)
-    if kind != MODEL_TYPE:
+    model_type = values.pop("model_type", None)
+    if model_type != MODEL_TYPE:
         raise CheckpointError(
-            f'{folder / CONFIG}: model_type is {kind!r}; wanted "{MODEL_TYPE}": translate other checkpoints with '
+            f'{folder / CONFIG}: model_type is {model_type!r}; wanted "{MODEL_TYPE}": translate other checkpoints with '
             f"`miss convert`"
         )
     quantization = values.pop("quantization", None)
+    parts: dict[str, tuple[str, type]] = {
+        "preprocess": (PREPROCESSOR, PreprocessConfig),
+        "generation": (GENERATION, GenerationConfig),
+    }
+    for key, (name, kind) in parts.items():
+        if key in values:
+            raise ConfigError(f"{folder / CONFIG}: {key} does not belong here: it stands in {name}")
+        if name == GENERATION and not (folder / name).exists():
+            continue
+        values[key] = read_json(folder / name)
+        with _naming(folder / name):
+            from_dict(kind, values[key])
+    with _naming(folder / CONFIG):
+        return MissConfig.from_dict(values), quantization
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before a configuration's errors."""
     try:
-        preprocess = from_dict(PreprocessConfig, read_json(folder / PREPROCESSOR))
-    except ConfigError as error:
-        raise ConfigError(f"{folder / PREPROCESSOR}: {error}") from None
-    try:
-        has_generation = (folder / GENERATION).exists()
-        generation = from_dict(GenerationConfig, read_json(folder / GENERATION) if has_generation else {})
-    except ConfigError as error:
-        raise ConfigError(f"{folder / GENERATION}: {error}") from None
-    try:
-        for key, name in (("preprocess", PREPROCESSOR), ("generation", GENERATION)):
-            if key in values:
-                raise ConfigError(f"{key} does not belong here: it stands in {name}")
-        config = MissConfig.from_dict(values)
-        return dataclasses.replace(config, preprocess=preprocess, generation=generation), quantization
+        yield
     except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{folder / CONFIG}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def load_checkpoint(
@@ -202,7 +162,7 @@ def load_checkpoint(
 ) -> tuple[MissVQA, LoadReport]:
     """The model of a checkpoint folder, in evaluation mode, and what became of each tensor.
 
-    Packed (quantized) tensors are unpacked to float32. Everything is checked before a model exists.
+    Packed (quantized) tensors are unpacked to float32. No model is returned unless everything has been checked.
 
     Args:
         allow_missing: patterns (`decoder.cross_kv.*`) of tensors that may be absent; they are freshly initialised.
@@ -217,7 +177,7 @@ def load_checkpoint(
         ConfigError: the configuration has an unknown key or a wrong value.
     """
     folder = Path(folder)
-    config, tensors, found = _read(folder, verify)
+    config, tensors, raw, header = _read(folder)
     model, report = build(
         config,
         tensors,
@@ -228,7 +188,9 @@ def load_checkpoint(
         dtype=dtype,
         where=str(folder / WEIGHTS),
     )
-    return model, dataclasses.replace(report, digest=found)
+    if verify:
+        _verify(folder, raw, header)
+    return model, dataclasses.replace(report, digest=header.get("sha256", ""))
 
 
 def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = True) -> tuple[MissConfig, dict[str, Tensor]]:
@@ -237,7 +199,9 @@ def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = True) -> t
     Raises:
         CheckpointError, ConfigError: as `load_checkpoint`.
     """
-    config, tensors, _ = _read(Path(folder), verify)
+    config, tensors, raw, header = _read(Path(folder))
+    if verify:
+        _verify(Path(folder), raw, header)
     return config, tensors
 
 
@@ -265,63 +229,6 @@ def build(
 def model_shapes(config: MissConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds, and its shape."""
     return _shapes(_empty_model(config))
-
-
-def fit(
-    expected: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, Tensor],
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
-    allow_resize: bool = False,
-    where: str = "the checkpoint",
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors that a model of these shapes takes.
-
-    Raises:
-        CheckpointError: what is missing, unexpected or of a wrong shape and not allowed to be, all of it at once.
-    """
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected]
-    chosen: dict[str, Tensor] = {}
-    resized, wrong = [], []
-    for name, shape in expected.items():
-        value = tensors.get(name)
-        if value is None:
-            continue
-        before = tuple(value.shape)
-        if before != shape and allow_resize and name == POSITIONS and _is_grid(before, shape):
-            value = resize_positions(value, shape[1])
-            resized.append(Resized(name, before, shape))
-        if tuple(value.shape) != shape or not value.is_floating_point():
-            wrong.append(f"{name} is {list(before)} {_kind(value)}, wanted {list(shape)} floats")
-        chosen[name] = value
-    problems = [
-        _listed("wrong shape", wrong),
-        _listed("missing", [n for n in missing if not allowed(n, allow_missing)]),
-        _listed("unexpected", [n for n in unexpected if not allowed(n, allow_unexpected)]),
-    ]
-    if any(problems):
-        raise CheckpointError(f"{where}: does not fit its configuration: {'; '.join(filter(None, problems))}")
-    matched = [name for name in chosen if not any(r.name == name for r in resized)]
-    for name in missing:
-        chosen[name] = fresh_tensor(name, expected[name])
-    return chosen, LoadReport(tuple(matched), tuple(missing), tuple(unexpected), tuple(resized))
-
-
-def resize_positions(table: Tensor, num_positions: int) -> Tensor:
-    """A position table (1, 1 + n*n, C) on another square grid, bicubic: (1, num_positions, C)."""
-    side = _side(num_positions)
-    return interpolate_positions(table, (side, side))
-
-
-def fresh_tensor(name: str, shape: tuple[int, ...], seed: int = 0, std: float = 0.02) -> Tensor:
-    """An initial value for a tensor, the same on every machine: norms 1, biases 0, the rest normal (std 0.02)."""
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    if ".norm" in name and len(shape) == 1:
-        return torch.ones(shape)
-    own = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
-    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(own))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -362,7 +269,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -396,14 +303,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read(folder: Path, verify: bool) -> tuple[MissConfig, dict[str, Tensor], str]:
+def _read(folder: Path) -> tuple[MissConfig, dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+    """Configuration, tensors, the tensors as the file has them (the same where nothing is packed), and its header."""
     config, quantization = read_config(folder)
-    tensors, header = read_tensors(folder / WEIGHTS)
-    if verify:
-        _verify(folder, tensors, header)
-    if quantization is not None:
-        tensors = _unpacked(folder, tensors, quantization)
-    return config, tensors, header.get("sha256", "")
+    raw, header = read_tensors(folder / WEIGHTS)
+    tensors = raw if quantization is None else _unpacked(folder, raw, quantization)
+    return config, tensors, raw, header
 
 
 def _verify(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
@@ -443,20 +348,6 @@ def _placed(value: Tensor, device: torch.device | str, dtype: torch.dtype | None
     return value.to(device, dtype if value.is_floating_point() else None)
 
 
-def _is_grid(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    return (
-        len(before) == 3 and (before[0], before[2]) == (after[0], after[2]) and _side(before[1]) ** 2 + 1 == before[1]
-    )
-
-
-def _side(num_positions: int) -> int:
-    return round((num_positions - 1) ** 0.5)
-
-
-def _kind(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
-
-
 def _is_embedding(name: str) -> bool:
     return name.startswith("encoder.embeddings.")
 
@@ -473,19 +364,6 @@ def _empty_model(config: MissConfig) -> MissVQA:
 
 def _shapes(model: MissVQA) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in saved_state(model).items()}
-
-
-def allowed(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _listed(title: str, names: Sequence[str]) -> str:
-    return f"{title}: {shown(names)}" if names else ""
-
-
-def shown(names: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

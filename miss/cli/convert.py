@@ -1,14 +1,15 @@
 """`miss convert`: checkpoints between ours, MISS, BLIP and Hugging Face, and a small model's start from public weights.
 
-Knows files and flags; names, shapes and configurations are translated in `miss.models.foreign`. This is the one place
-that reads pickled files, by `torch.load(weights_only=True)`, which runs no code of theirs.
+Knows files and flags; does not know names, shapes or configurations (`miss.models.conversion` and its neighbours). This
+is the one place that reads pickled files, by `torch.load(weights_only=True)`, which runs no code of theirs.
 """
 
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,31 +20,23 @@ from torch import Tensor
 
 from miss.models.card import default_card
 from miss.models.config import MissConfig
+from miss.models.conversion import OWN_KEY, Choices, Converted, from_ours
 from miss.models.files import atomic_folder, flush
-from miss.models.foreign import (
-    OWN_KEY,
-    Choices,
-    Converted,
-    from_hf,
-    from_original,
-    from_ours,
-    hf_files,
-    to_hf,
-    to_original,
-)
+from miss.models.fitting import CheckpointError, shown
+from miss.models.hugging_face import from_hf, hf_files, to_hf
 from miss.models.names import family_of, is_adapter
+from miss.models.original import from_original, to_original
 from miss.models.weights import (
     CARD,
     CONFIG,
     GENERATION,
+    MODEL_TYPE,
     PREPROCESSOR,
     TOKENIZER,
     WEIGHTS,
-    CheckpointError,
     read_checkpoint,
     read_json,
     read_tensors,
-    shown,
     write_checkpoint,
 )
 
@@ -156,7 +149,7 @@ def _convert(source: Path, choices: Choices, verify: bool) -> Converted:
                 )
             return _convert(pickled[0], choices, verify)
         config = read_json(source / CONFIG)
-        if config.get("model_type") == "miss":
+        if config.get("model_type") == MODEL_TYPE:
             return from_ours(*read_checkpoint(source, verify=verify), choices, str(source))
         if config.get("model_type") == "blip":
             return _from_hf_folder(source, config, choices)
@@ -249,7 +242,6 @@ def write_hf(converted: Converted, folder: Path, tokenizer: bytes | None, card: 
 def _start(args: Args) -> tuple[Converted, bytes | None]:
     """A new model from a DINOv2 and a BERT."""
     from miss.models.starting import read_bert, read_dino, starting_checkpoint
-    from miss.models.vocabulary import checkpoint_tokenizer
 
     assert args.text is not None
     config = MissConfig.preset(args.preset)
@@ -260,20 +252,59 @@ def _start(args: Args) -> tuple[Converted, bytes | None]:
     bert = read_bert(args.text)
     config, tensors, report = starting_checkpoint(config, read_dino(args.src), bert, args.seed)
     converted = from_ours(config, tensors, Choices(), str(args.src))
-    tokenizer = checkpoint_tokenizer(bert.tokenizer, config.tokens, config.decoder.vocab_size, str(args.text))
-    return replace(converted, report=report), tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / TOKENIZER
+        path.write_bytes(bert.tokenizer)
+        return replace(converted, report=report), fitting_tokenizer(path, converted.config)
 
 
 def _tokenizer(args: Args, config: MissConfig) -> bytes | None:
-    from miss.models.vocabulary import checkpoint_tokenizer, find_tokenizer
-
-    path = args.tokenizer if args.tokenizer is not None and args.tokenizer.is_file() else None
-    path = path or find_tokenizer(args.tokenizer or args.src)
+    """The tokenizer.json of what is written: from --tokenizer, or found with SRC; None where there is none."""
+    place = args.tokenizer or args.src
+    if args.tokenizer is not None and args.tokenizer.is_file():
+        path: Path | None = args.tokenizer
+    else:
+        folder = place if place.is_dir() else place.parent
+        path = next((folder / name for name in (TOKENIZER, "vocab.txt") if (folder / name).is_file()), None)
+    if path is None and args.tokenizer is not None:
+        raise CheckpointError(f"{args.tokenizer}: no {TOKENIZER} or vocab.txt there")
     if path is None:
-        if args.tokenizer is not None:
-            raise CheckpointError(f"{args.tokenizer}: no {TOKENIZER} or vocab.txt there")
         return None
-    return checkpoint_tokenizer(path.read_bytes(), config.tokens, config.decoder.vocab_size, str(path))
+    try:
+        return fitting_tokenizer(path, config)
+    except ValueError as error:
+        if args.tokenizer is not None:
+            raise
+        print(f"left out a tokenizer that does not fit: {error}")
+        return None
+
+
+def fitting_tokenizer(path: Path, config: MissConfig) -> bytes:
+    """A tokenizer.json for this model, from a tokenizer.json or a vocab.txt; [DEC] and [ENC] are added where absent.
+
+    Raises:
+        ValueError: it cannot be read, or its ids are not the model's.
+    """
+    from tokenizers import AddedToken
+
+    from miss.engine.data.processor import build_tokenizer, read_tokenizer
+
+    tokenizer = build_tokenizer(path) if path.suffix == ".txt" else read_tokenizer(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("[DEC]", "[ENC]")])
+    for token, wanted in ((f"[{name.upper()}]", number) for name, number in asdict(config.tokens).items()):
+        if tokenizer.token_to_id(token) != wanted:
+            raise CheckpointError(
+                f"{path}: {token} has id {tokenizer.token_to_id(token)}, the model wants {wanted}: "
+                f"give the vocabulary that it was trained with (bert-base-uncased's)"
+            )
+    if tokenizer.get_vocab_size() > config.encoder.vocab_size:
+        raise CheckpointError(
+            f"{path}: has {tokenizer.get_vocab_size()} tokens, the model's word table has {config.encoder.vocab_size} "
+            f"rows: give the vocabulary that it was trained with"
+        )
+    return tokenizer.to_str().encode()
 
 
 def _card(converted: Converted, args: Args) -> str:
