@@ -36,8 +36,8 @@ class Prediction:
 class Answerer(Protocol):
     """Answers every sample once, in any order.
 
-    mode: "image" gives each question its own image; "blank" a black image of the same size; "shuffled" the image of
-    another sample.
+    mode: "image" gives each question its own image; "blank" an image of the background (black) alone; "shuffled" the
+    image of another sample.
     """
 
     def __call__(self, samples: Sequence[Sample], mode: Mode) -> Iterable[Prediction]: ...

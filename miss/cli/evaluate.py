@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from miss.engine.data.datasets import Sample
     from miss.engine.evaluation.predictions import Mode, Prediction
     from miss.engine.runtime.engine import Engine
@@ -206,25 +204,14 @@ class EngineAnswerer:
         from miss.engine.evaluation.predictions import Prediction
 
         shown = other_images(samples, self.seed) if mode == "shuffled" else samples
+        # A constant image stays constant under resizing: the background at the model's own size is that at any size.
+        blank = self.engine.processor.blank
         order = sorted(range(len(samples)), key=lambda i: samples[i].image_key)
-        images = self._blank([shown[i] for i in order]) if mode == "blank" else (_source(shown[i]) for i in order)
-        pairs = zip(images, (samples[i].question for i in order), strict=True)
+        pairs = ((blank if mode == "blank" else _source(shown[i]), samples[i].question) for i in order)
         answers = self.engine.answer_many(pairs, self.params, batch_size=self.batch_size)
         for i, answer in zip(order, answers, strict=True):
             seconds = answer.seconds["total"]
             yield Prediction(samples[i].qid, answer.text, answer.score, answer.logprob, seconds)
-
-    def _blank(self, samples: "Sequence[Sample]") -> "Iterator[np.ndarray]":
-        """A black image of each sample's size, through the same processor as the image itself."""
-        import numpy as np
-
-        from miss.engine.data.images import decode_image
-
-        key, blank = None, np.zeros((1, 1, 3), np.uint8)
-        for sample in samples:
-            if sample.image_key != key:
-                key, blank = sample.image_key, np.zeros_like(decode_image(sample.image))
-            yield blank
 
 
 def _source(sample: "Sample") -> "Path | bytes":

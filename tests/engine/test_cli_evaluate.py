@@ -1,6 +1,7 @@
 """`miss evaluate` as it is typed: files of predictions, on data generated here and on SLAKE's validation split."""
 
 import json
+import math
 import os
 
 import numpy as np
@@ -151,6 +152,59 @@ def test_a_folder_without_permission_fails_before_the_work(evaluate, data, tmp_p
     (tmp_path / "shut").mkdir(mode=0o500)
     assert evaluate("--predictions", predictions, "--out", tmp_path / "shut" / "out") == 1
     assert "cannot write to" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkpoint(processor, tmp_path):
+    """A two-layer model of random weights with the tiny vocabulary."""
+    import torch
+
+    from miss.models.config import MissConfig, TextConfig, TokenConfig, VisionConfig
+    from miss.models.vqa import MissVQA
+    from miss.models.weights import save_checkpoint
+
+    width = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+    text = TextConfig(vocab_size=processor.tokenizer.get_vocab_size(), source_width=32, **width)
+    tokens = TokenConfig(
+        processor.pad, processor.tokenizer.token_to_id("[CLS]"), processor.sep, processor.dec, processor.enc
+    )
+    config = MissConfig(
+        vision=VisionConfig(image_size=28, patch_size=14, **width),
+        encoder=text,
+        decoder=text,
+        preprocess=processor.preprocess,
+        tokens=tokens,
+        name="tiny",
+    )
+    torch.manual_seed(1)
+    model = MissVQA(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform, so that the image matters
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    save_checkpoint(model, tmp_path / "tiny", tokenizer=processor.tokenizer)
+    return tmp_path / "tiny"
+
+
+def test_a_checkpoint_is_asked_with_and_without_the_image(evaluate, checkpoint, tmp_path):
+    flags = ("--checkpoint", checkpoint, "--shuffled", "--max-new-tokens", 4, "--json", tmp_path / "m.json")
+    assert evaluate(*flags) == 0
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert metrics["model"]["name"] == "tiny" and len(metrics["model"]["sha256"]) == 64
+    assert metrics["calibration"]["n"] == 12
+    assert set(metrics["seconds"]) == {"image", "blank", "shuffled", "total"}
+    baselines = metrics["baselines"]
+    assert {name for name, run in baselines.items() if "overall" in run} == {"blank", "shuffled", "question_only"}
+    rows = [json.loads(line) for line in (tmp_path / "runs/evaluate-jsonl-validate/predictions.jsonl").open()]
+    assert all(0 < row["score"] <= 1 and row["seconds"] > 0 for row in rows)
+    assert all(row["score"] == pytest.approx(math.exp(row["logprob"])) for row in rows)
+
+    # The same answers one at a time, and from the file of the first run.
+    assert evaluate(*flags, "--batch-size", 1, "--out", tmp_path / "one") == 0
+    one = [json.loads(line) for line in (tmp_path / "one/predictions.jsonl").open()]
+    assert [row["prediction"] for row in one] == [row["prediction"] for row in rows]
+    again = ("--predictions", tmp_path / "one/predictions.jsonl", "--json", tmp_path / "again.json")
+    assert evaluate(*again) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["overall"] == metrics["overall"]
 
 
 def test_slakes_own_answers_are_all_right(tmp_path, monkeypatch):

@@ -232,9 +232,7 @@ def test_an_evaluation_of_an_answerer():
 
 def test_cells_under_ten_rows_are_counted_not_shown():
     found = evaluate(made_up(), Looks(), OPTIONS, train=made_up(1)).metrics["breakdown"]
-    assert set(found) == {"modality", "question_type", "content_type", "answer_length", "answer_seen"} - {
-        "content_type"
-    }
+    assert set(found) == {"modality", "question_type", "content_type", "answer_length", "answer_seen"}
     assert set(found["modality"]["cells"]) == {"CT", "MRI"}
     assert found["modality"]["cells"]["CT"]["n"] == 12 and found["modality"]["cells"]["CT"]["num_images"] == 3
     assert found["question_type"]["hidden"] == {"num_cells": 1, "n": 1}
