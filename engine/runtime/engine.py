@@ -151,8 +151,8 @@ class Engine:
             try:
                 if isinstance(image, ValueError):
                     raise image
-                ids, warnings = self._question(question)
-                rows.append((i, self._image(image, images), ids, warnings))
+                asked = self.processor.encode_question(question)
+                rows.append((i, self._image(image, images), asked.ids, asked.warnings))
             except ValueError as error:
                 if on_error == "raise":
                     raise
@@ -167,10 +167,6 @@ class Engine:
             for (i, _, _, warnings), hypotheses in zip(rows, generated.hypotheses, strict=True):
                 results[i] = self._answer(hypotheses, share, warnings, params)
         yield from results
-
-    def _question(self, question: str) -> tuple[list[int], list[str]]:
-        ids = self.processor.question(question)
-        return ids, []
 
     def _image(self, image: Image, known: dict[object, np.ndarray | ValueError]) -> object:
         """The key under which the image's pixels stand in `known`, decoding them where it is new there."""
@@ -234,6 +230,10 @@ def _raw(image: Any) -> bytes:
 
 
 def _precision(precision: str, device: str) -> torch.dtype:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got {device!r}, but no CUDA device is available here; accepted: cpu")
+    if not device.startswith(("cpu", "cuda")):
+        raise ValueError(f"device: got {device!r}; accepted: cpu, cuda, cuda:N")
     if precision == "auto":
         return torch.bfloat16 if device.startswith("cuda") else torch.float32
     if precision not in PRECISIONS:

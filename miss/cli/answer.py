@@ -137,7 +137,7 @@ def _answer_file(args: Args, params: "SamplingParams") -> int:
 def _results(
     args: Args, engine: "Engine", rows: list[dict[str, Any]], params: "SamplingParams"
 ) -> Iterator[dict[str, Any]]:
-    from miss.engine.data.datasets import safe_path
+    from miss.engine.data.paths import safe_path
 
     root = args.root or args.batch.parent  # type: ignore[union-attr]
 
