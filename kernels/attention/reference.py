@@ -6,7 +6,7 @@ Shapes: B batch, T queries, N keys, H heads, D head width.
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -208,8 +208,9 @@ def varlen_backward(
     for rows in _sequences(offsets):
         length = rows.stop - rows.start
         visible = visible_keys(None, causal, length, length, q.device)
-        sequence: list[Any] = [t[None, rows] for t in (dout, q, k, v)]
-        each = attend_backward(*sequence, lse[rows].T[None], visible, scale, _keep_of_sequence(keep, rows))
+        dout_i, q_i, k_i, v_i = (t[None, rows] for t in (dout, q, k, v))
+        keep_i = _keep_of_sequence(keep, rows)
+        each = attend_backward(dout_i, q_i, k_i, v_i, lse[rows].T[None], visible, scale, keep_i)
         for grad, one in zip(grads, each, strict=True):
             grad[rows] = one[0].to(grad.dtype)
     return grads[0], grads[1], grads[2]

@@ -2,7 +2,8 @@
 
 Knows the contract and who computes it; does not know who owns a slot.
 
-    out[r,h] = sum_n P[r,h,n] v_cache[slots[r],n,h]     P = softmax over n < lengths[r] of scale * q[r,h] . k_cache[slots[r],n,h]
+    out[r,h] = sum_n P[r,h,n] v_cache[s,n,h]      P = softmax over n < lengths[r] of scale * q[r,h] . k_cache[s,n,h]
+    s = slots[r]
 
 q, out (R, H, D); k_cache, v_cache (S, L, H, D), any strides; slots int32 (R,), rows may share one; lengths int32 (R,):
 valid positions of the slot, the new token's included; 0 gives zeros. float16, bfloat16, float32, float64, one dtype for

@@ -5,9 +5,11 @@ Knows what CPU may read of the lengths; does not know other implementations.
 
 from torch import Tensor
 
+from miss.kernels.attention.reference import without_autocast
 from miss.kernels.attention.torch_impl import attend
 
 
+@without_autocast
 def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
     if q.device.type == "cpu" and lengths.numel():
         # Slots are of full length; what no row has written yet is not gathered. On CUDA that would wait for the device.

@@ -5,8 +5,8 @@ Knows where a row goes; does not know what it holds, or who owns a slot.
     kv_append:   cache[slots[r], positions[r]] = new[r]                  caches (S, L, H, D), new k and v (R, H, D)
     kv_reorder:  cache[target[r]] = cache[source[r]] as it was before    overlapping permutations are right
 
-Any dtype and strides; new rows are cast to the caches' dtype. slots, positions, source, target int32 or int64 (R,), each
-in range (the caller's word: reading them on the host would wait for a CUDA device; on CPU PyTorch raises IndexError
+Any dtype and strides; new rows are cast to the caches' dtype. slots, positions, source, target int32 or int64 (R,), in
+range (the caller's word: reading them on the host would wait for a CUDA device; on CPU PyTorch raises IndexError
 above the range); (slot, position) pairs and targets are distinct. No gradient flows through the cache.
 """
 
