@@ -1,10 +1,15 @@
-"""What tests of several floors share: the error rule, and where the real data is."""
+"""What tests of several floors share: the error rule, routes through an operation, and where the real data is."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
+
+from miss.kernels.registry import Op, use
 
 BESIDE = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -32,3 +37,53 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data: {root} is not there and $MISS_DATA is not set")
     return root
+
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+def check_error_rule(
+    ours: Callable[..., Outputs],
+    plain: Callable[..., Outputs],
+    inputs: list[Tensor],
+    dtype: torch.dtype,
+    slack: float = 2.0,
+    floor: float = 1e-6,
+) -> None:
+    """The error rule for every output and for the gradient of every input.
+
+    `ours` and `plain` are called on leaves of `dtype` made from `inputs`, with their strides; the truth is `plain` on
+    the same values in float64, under the same incoming gradients.
+    """
+    rounded = [t.detach().to(dtype) for t in inputs]
+
+    def run(function: Callable[..., Outputs], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [t.to(dtype).requires_grad_() for t in rounded]
+        result = function(*leaves)
+        outputs = [result] if isinstance(result, Tensor) else list(result)
+        generator = torch.Generator().manual_seed(1)
+        incoming = [torch.randn(o.shape, generator=generator).to(rounded[0].dtype).to(o.dtype) for o in outputs]
+        return outputs, list(torch.autograd.grad(outputs, leaves, incoming))
+
+    got, low, exact = run(ours, dtype), run(plain, dtype), run(plain, torch.float64)
+    for kind, *triples in zip(("output", "gradient"), got, low, exact, strict=True):
+        for i, (g, p, e) in enumerate(zip(*triples, strict=True)):
+            assert_as_good_as(g, p, e, slack, floor, f"{kind} {i}")
+
+
+@contextlib.contextmanager
+def route(name: str, op: Op) -> Iterator[None]:
+    """Runs an operation's public function one way: an implementation by its name, or `custom`.
+
+    `custom` is the custom operator over the table's own choice, which is what torch.compile calls; an eager call would
+    run a composite row directly.
+    """
+    if name != "custom":
+        with use(**{op.name: name}):
+            yield
+        return
+    op.call = lambda custom_op, *args: custom_op(*args)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del op.call

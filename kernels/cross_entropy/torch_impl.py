@@ -22,7 +22,7 @@ PART = 2**27
 def forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """(loss, lse), both (R,). Keeps the logits of the rows that count, in hidden's dtype, where a gradient is needed."""
+    """(loss, lse), both (R,). For a gradient it keeps the logits of the rows that count, in hidden's dtype."""
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, label_smoothing, ignore_index)
 
 

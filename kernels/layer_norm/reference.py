@@ -16,8 +16,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Stats:
     acc = accumulator(x.dtype)
     xf = x.to(acc)
     mean = xf.mean(-1)
-    rstd = torch.rsqrt(xf.var(-1, unbiased=False) + eps)
-    y = (xf - mean[..., None]) * rstd[..., None] * weight.to(acc) + bias.to(acc)
+    centred = xf - mean[..., None]
+    rstd = torch.rsqrt(centred.square().mean(-1) + eps)
+    y = centred * rstd[..., None] * weight.to(acc) + bias.to(acc)
     return y.to(x.dtype).contiguous(), mean, rstd
 
 

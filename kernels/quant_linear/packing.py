@@ -104,6 +104,25 @@ def pack_int4(
     )  # fmt: skip
 
 
+def pack_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> PackedWeight:
+    """int4 codes that were chosen elsewhere: codes (N, K) in 0 … 15, scale (N, G), zero (N, G) in 0 … 15 or None.
+
+    Raises:
+        PackingError: shapes or ranges do not fit.
+    """
+    num_groups = -(-codes.shape[1] // group) if group in GROUPS else 0
+    if group not in GROUPS or scale.shape != (len(codes), num_groups) or (zero is not None and zero.shape != scale.shape):
+        raise PackingError(f"codes {tuple(codes.shape)}, scale {tuple(scale.shape)}, group {group}: do not fit")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 15:
+        raise PackingError(f"codes from {codes.min()} to {codes.max()}; wanted 0 to 15")
+    blank = torch.full_like(scale, 8) if zero is None else zero
+    padding = num_groups * group - codes.shape[1]
+    filled = torch.cat([codes.float(), blank[:, -1:].float().expand(-1, padding)], 1) if padding else codes.float()
+    data = _to_nibbles(filled.unflatten(1, (num_groups, group)))
+    zeros = None if zero is None else zero.to(torch.uint8)
+    return PackedWeight(data, scale.half(), zeros, "int4", group, (len(codes), codes.shape[1]))
+
+
 def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The (N, K) matrix that the packed one stands for, computed in float32 (float64 in float64), in `dtype`."""
     return dequantise(packed.data, packed.scale, packed.zero, packed.shape[1], packed.group, dtype)
@@ -188,9 +207,8 @@ def _check_parts(packed: PackedWeight, prefix: str) -> None:
             raise PackingError(f"packed weight {prefix}: {prefix}.{name} does not belong to {packed.scheme}")
         dtype, shape = wanted[name]
         if tensor.dtype != dtype or tensor.shape != shape:
-            raise PackingError(
-                f"packed weight {prefix}: {prefix}.{name} is {tensor.dtype} {tuple(tensor.shape)}; wanted {dtype} {shape}"
-            )
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise PackingError(f"packed weight {prefix}: {prefix}.{name} is {got}; wanted {dtype} {shape}")
 
 
 class _Fit(NamedTuple):
@@ -214,9 +232,8 @@ def _fit(groups: Tensor, cost: Tensor, scale: Tensor, zero: Tensor) -> _Fit:
 def _better(a: _Fit, b: _Fit) -> _Fit:
     """Group by group the one with the smaller error."""
     take = b.error < a.error
-    return _Fit(
-        torch.where(take[..., None], b.codes, a.codes), *(torch.where(take, y, x) for x, y in zip(a[1:], b[1:]))
-    )
+    rest = (torch.where(take, y, x) for x, y in zip(a[1:], b[1:], strict=True))
+    return _Fit(torch.where(take[..., None], b.codes, a.codes), *rest)
 
 
 def _range_fit(groups: Tensor, cost: Tensor, symmetric: bool) -> _Fit:
