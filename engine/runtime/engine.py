@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from miss.engine.data.images import decode_image
+from miss.engine.data.images import ImageSource, decode_image
 from miss.engine.data.processor import Processor
 from miss.engine.runtime.generate import Generated, generate
 from miss.engine.runtime.sampler import Hypothesis, SamplingParams
@@ -24,8 +24,8 @@ from miss.models.weights import LoadReport, load_checkpoint
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 
-Image = str | Path | bytes | np.ndarray
-"""A path, encoded bytes, or decoded pixels uint8 (H, W, 3)."""
+Image = str | Path | bytes | np.ndarray | ImageSource
+"""A path, encoded bytes, decoded pixels uint8 (H, W, 3), or an entry of a packed data set."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Engine:
 
     def _image(self, image: Image, known: dict[object, np.ndarray | ValueError]) -> object:
         """The key under which the image's pixels stand in `known`, decoding them where it is new there."""
-        key: object = image if isinstance(image, str | Path) else hashlib.sha256(_raw(image)).digest()
+        key: object = hashlib.sha256(_raw(image)).digest() if isinstance(image, bytes | np.ndarray) else image
         if key not in known:
             try:
                 array = image if isinstance(image, np.ndarray) else decode_image(image)
@@ -223,10 +223,12 @@ class Engine:
         )
 
 
-def _raw(image: Any) -> bytes:
-    if isinstance(image, np.ndarray):
-        return repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()
-    return bytes(image)
+def _raw(image: bytes | np.ndarray) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"decoded pixels: got {image.dtype} {image.shape}; wanted uint8 (height, width, 3)")
+    return repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()
 
 
 def _precision(precision: str, device: str) -> torch.dtype:

@@ -19,6 +19,15 @@ from tests.helpers import assert_as_good_as
 transformers = pytest.importorskip("transformers", reason="the peer to compare with; `make setup` installs it")
 
 VOCABULARY, IMAGES, QUESTION, ANSWER = 97, 2, 7, 5
+USED = (
+    "attention",
+    "cross_attention",
+    "layer_norm",
+    "add_layer_norm",
+    "gelu_mlp",
+    "linear_cross_entropy",
+    "patch_embed",
+)
 
 
 def small_config() -> MissConfig:
@@ -187,18 +196,14 @@ def compare_float64(config: MissConfig, pixels: int, kernels: str) -> None:
     ours = ours_from(theirs, config, torch.float64)
     batch = inputs(config, pixels, torch.float64)
     want = run_theirs(theirs, batch)
-    if kernels == "torch":
+    with use(**dict.fromkeys(USED, kernels)):
         got = run_ours(ours, batch)
-    else:
-        names = ("attention", "cross_attention", "layer_norm", "add_layer_norm", "gelu_mlp", "patch_embed")
-        with use(**{name: kernels for name in names}, cross_entropy=kernels):
-            got = run_ours(ours, batch)
+        got["loss"].backward()
     torch.testing.assert_close(got["images"], want["images"], rtol=0, atol=1e-10)
     mask = want["mask"].bool()
     torch.testing.assert_close(got["states"][mask], want["states"][mask], rtol=0, atol=1e-10)
     torch.testing.assert_close(got["logits"], want["logits"], rtol=0, atol=1e-10)
     torch.testing.assert_close(got["loss"], want["loss"], rtol=0, atol=1e-10)
-    got["loss"].backward()
     want["loss"].backward()
     expected = gradients(theirs, entries(depths_of(theirs.state_dict(), "hf"), "hf"))
     found = gradients(ours)
