@@ -67,7 +67,8 @@ def starting_checkpoint(
     """
     vision = dino_config(dino, config.vision)
     encoder = bert_config(bert, config.encoder, vision.hidden_size)
-    decoder = replace(bert_config(bert, config.decoder, encoder.hidden_size), num_layers=config.decoder.num_layers)
+    decoder = bert_config(bert, config.decoder, encoder.hidden_size)
+    decoder = replace(decoder, num_layers=min(decoder.num_layers, config.decoder.num_layers))
     config = replace(config, vision=vision, encoder=encoder, decoder=decoder)
     copied = dino_tensors(dino, vision) | bert_tensors(bert, encoder, "encoder", seed)
     copied |= {

@@ -192,10 +192,9 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     Raises:
         CheckpointError: the file is truncated, not a checkpoint, or asks for more than that.
     """
+    path.open("rb").close()  # what the file system refuses keeps its own message
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except Exception as error:  # a damaged or hostile file may raise anything in the unpickler
         reason = "asks for Python objects besides tensors" if "weights_only" in str(error).lower() else "is damaged"
         detail = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -1,0 +1,91 @@
+"""What a model's linear layers see on real questions: the second moments of their inputs, weighted by what matters.
+
+Knows batches and linear layers; does not know how weights are packed.
+
+A token's weight comes from the loss's gradient at the layer's output: tokens that the answer does not depend on (such
+as padding) count nothing, the others between half and ten times the average.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from miss.models.linear import Linear
+from miss.models.quantized import linear_modules
+from miss.models.vqa import MissVQA, VQABatch
+
+_FLOOR, _CEILING = 0.5, 10.0
+
+
+@dataclass
+class Moments:
+    """Sums over the tokens that one layer saw.
+
+    inputs: float32 (K, K), the weighted sum of x x^T. mean: (K,), the weighted sum of x. weight: the sum of weights.
+    outputs: (N,), the sum of the squared gradient at each output. tokens: how many counted.
+    """
+
+    inputs: Tensor
+    mean: Tensor
+    outputs: Tensor
+    weight: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, layer: Linear) -> "Moments":
+        columns, rows = layer.in_features, layer.out_features
+        return cls(torch.zeros(columns, columns), torch.zeros(columns), torch.zeros(rows))
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        """One call of the layer: x (tokens, K), the loss's gradient at its outputs (tokens, N)."""
+        squared = gradient.square()
+        size = squared.sum(1)
+        counted = size > 0
+        if not counted.any():
+            return
+        x, size = x[counted], size[counted]
+        weight = (size / size.mean()).clamp_(_FLOOR, _CEILING)
+        self.inputs.addmm_((x * weight[:, None]).T, x)
+        self.mean += weight @ x
+        self.outputs += squared.sum(0)
+        self.weight += float(weight.sum())
+        self.tokens += len(x)
+
+    @property
+    def hessian(self) -> Tensor:
+        """(K, K): the mean of x x^T over the weighted tokens."""
+        return self.inputs / max(self.weight, 1e-12)
+
+
+def collect(model: MissVQA, batches: Iterable[VQABatch], wanted: Callable[[str], bool]) -> dict[str, Moments]:
+    """Moments of the linear layers whose weights' names are wanted, over all batches, teacher-forced.
+
+    The gradient is that of the answers' loss. Layers that no answer depends on keep empty moments.
+    """
+    layers = {name: layer for name, layer in linear_modules(model).items() if wanted(name)}
+    moments = {name: Moments.empty(layer) for name, layer in layers.items()}
+    handles = [layer.register_forward_hook(_watcher(moments[name])) for name, layer in layers.items()]
+    for layer in layers.values():
+        # The fused form does not go through the module's call, and so not through its hooks.
+        layer.gelu = lambda x, layer=layer: F.gelu(layer(x))  # type: ignore[method-assign]
+    try:
+        for batch in batches:
+            model(batch).loss_per_row.sum().backward()
+            model.zero_grad(set_to_none=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers.values():
+            del layer.gelu
+    return moments
+
+
+def _watcher(moments: Moments) -> Callable[[Linear, tuple[Tensor], Tensor], None]:
+    def watch(layer: Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        x = inputs[0].detach().flatten(0, -2).float()
+        output.register_hook(lambda gradient: moments.add(x, gradient.flatten(0, -2).float()))
+
+    return watch

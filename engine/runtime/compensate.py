@@ -1,0 +1,72 @@
+"""Rounding with error compensation: what one column's rounding costs, the columns after it make good (GPTQ).
+
+Knows one matrix and the second moments of its inputs; does not know models, files or which layers are packed.
+
+Source: arXiv 2210.17323. Minimises tr((W - Q) H (W - Q)^T) column by column: the error of column j, divided by the
+j-th diagonal element of the Cholesky factor of H^-1, is taken out of all later columns along that factor's row.
+"""
+
+import torch
+from torch import Tensor
+
+from miss.kernels.quant_linear import PackedWeight, pack_codes, pack_int4
+
+DAMPING = 0.01  # of the mean diagonal, added to it: moments from few tokens are not trusted further
+
+
+def pack_int4_compensated(weight: Tensor, hessian: Tensor, group: int, symmetric: bool = True) -> PackedWeight:
+    """`pack_int4` that minimises the error of the layer's outputs instead of the weights'.
+
+    Args:
+        weight: float (N, K).
+        hessian: float (K, K), the mean of x x^T over the layer's inputs.
+        group: columns that share a scale.
+    """
+    w = weight.detach().float().clone()
+    columns = w.shape[1]
+    factor = inverse_factor(hessian)
+    importance = hessian.diagonal().float().clamp_min(0)
+    codes = torch.empty_like(w)
+    scales, zeros = [], []
+    for start in range(0, columns, group):
+        end = min(start + group, columns)
+        block = w[:, start:end]
+        fitted = pack_int4(block, group, symmetric, importance=importance[start:end])
+        scale = fitted.scale.float()[:, 0]
+        zero = torch.full_like(scale, 8) if fitted.zero is None else fitted.zero.float()[:, 0]
+        errors = torch.empty_like(block)
+        for j in range(end - start):
+            column = start + j
+            code = torch.round(block[:, j] / scale + zero).clamp_(0, 15)
+            error = (block[:, j] - (code - zero) * scale) / factor[column, column]
+            block[:, j:] -= error[:, None] * factor[column, column:end]
+            codes[:, column], errors[:, j] = code, error
+        w[:, end:] -= errors @ factor[start:end, end:]
+        scales.append(scale)
+        zeros.append(zero)
+    zero_points = None if symmetric else torch.stack(zeros, 1)
+    return pack_codes(codes, torch.stack(scales, 1), zero_points, group)
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of (H + damping)^-1, with more damping where H is not positive definite enough."""
+    h = hessian.double()
+    dead = h.diagonal() <= 0
+    h = h + torch.diag(dead.double())
+    mean = h.diagonal().mean()
+    damping = DAMPING
+    while True:
+        lower, info = torch.linalg.cholesky_ex(h + damping * mean * torch.eye(len(h), dtype=h.dtype))
+        if info == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if info == 0:
+            return upper.float()
+        assert damping < 1e3, "a matrix with a large positive diagonal added to it is positive definite"
+        damping *= 10
+
+
+def output_error(weight: Tensor, packed: Tensor, hessian: Tensor, outputs: Tensor | None = None) -> float:
+    """The mean squared error of the layer's outputs, summed over them (each times `outputs` (N,), where given)."""
+    difference = packed.float() - weight.float()
+    per_output = ((difference @ hessian.float()) * difference).sum(1)
+    return float((per_output if outputs is None else per_output * outputs).sum())
