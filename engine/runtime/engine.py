@@ -18,10 +18,12 @@ from miss.engine.data.images import ImageSource, decode_image
 from miss.engine.data.processor import Processor
 from miss.engine.runtime.generate import Generated, generate
 from miss.engine.runtime.sampler import Hypothesis, SamplingParams
+from miss.models.quantized import use_int8
 from miss.models.vqa import MissVQA
 from miss.models.weights import LoadReport, load_checkpoint
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# int8: float32 with every linear layer packed a scale a row and multiplied with int8 activations (W8A8).
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 
 Image = str | Path | bytes | np.ndarray | ImageSource
@@ -100,7 +102,7 @@ class Engine:
 
         Args:
             path_or_name: a folder, or the name of a checkpoint that ships with the project.
-            precision: fp32, bf16 or fp16; auto is fp32 on CPU and bf16 on CUDA.
+            precision: fp32, bf16, fp16 or int8; auto is fp32 on CPU and bf16 on CUDA.
             device: cpu, cuda, cuda:1 …
 
         Raises:
@@ -110,7 +112,10 @@ class Engine:
         dtype = _precision(precision, device)
         folder = find_checkpoint(path_or_name)
         model, report = load_checkpoint(folder)
-        engine = cls(model.to(device, dtype), Processor.from_folder(folder), model.config.name, report)
+        model = model.to(device, dtype)
+        if precision == "int8":
+            use_int8(model)
+        engine = cls(model, Processor.from_folder(folder), model.config.name, report)
         engine.load_seconds = time.perf_counter() - start
         return engine
 

@@ -42,7 +42,7 @@ class Args:
     checkpoint: str = "miss-small"
     """A checkpoint folder, or the name of one that ships with the project."""
     precision: str = "auto"
-    """auto, fp32, bf16 or fp16."""
+    """auto, fp32, bf16, fp16 or int8."""
     device: str = "cpu"
     """cpu or cuda."""
     beams: int | None = None

@@ -86,17 +86,18 @@ def test_parameters_reach_the_search(engine, images):
     assert beams.logprob >= greedy.logprob - 1e-5 and len(beams.alternatives) == 2
 
 
-def test_bf16_is_close(folder, images):
-    exact, half = Engine.load(folder, "fp32"), Engine.load(folder, "bf16")
-    assert next(half.model.parameters()).dtype == torch.bfloat16
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_lower_precision_is_close(folder, images, precision):
+    exact, lower = Engine.load(folder, "fp32"), Engine.load(folder, precision)
+    assert {p.dtype for p in lower.model.parameters()} == {torch.bfloat16 if precision == "bf16" else torch.float32}
     pair = (images[0], "is there a mass?", SamplingParams(max_new_tokens=1))
-    assert half.answer(*pair).logprob == pytest.approx(exact.answer(*pair).logprob, abs=0.1)
+    assert lower.answer(*pair).logprob == pytest.approx(exact.answer(*pair).logprob, abs=0.1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"precision": "int3"}, "accepted: auto, fp32, bf16, fp16"),
+        ({"precision": "int3"}, "accepted: auto, fp32, bf16, fp16, int8"),
         ({"device": "tpu"}, "accepted: cpu, cuda"),
         ({"path_or_name": "no-such-model"}, "no checkpoint 'no-such-model'"),
     ],
