@@ -86,6 +86,8 @@ def _guarded(name: str, call: Callable[[], int | None]) -> int:
         print(f"miss {name}: {one_line(error)}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
+        if (error.name or "miss").split(".")[0] == "miss":
+            raise  # a fault of ours, not a package that is left to be installed
         print(f"miss {name}: needs the package {error.name}, which is not installed: run `make setup`", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
