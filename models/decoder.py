@@ -68,6 +68,7 @@ class AnswerDecoder(nn.Module):
         """
         x = self.embeddings(tokens, positions.long())
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, TextLayer)
             x = layer.step(
                 x, cache.layer(i), slots, positions, cache.question(i), question_index, cache.question_lengths
             )

@@ -21,6 +21,8 @@ class Linear(nn.Linear):
 class QuantLinear(nn.Module):
     """`Linear` over a packed int8 or int4 weight. For inference: the weight has no gradient."""
 
+    bias: Tensor | None
+
     def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.packed = packed

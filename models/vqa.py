@@ -42,8 +42,18 @@ class VQABatch:
     answer_lengths: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "VQABatch":
-        moved = {k: v if v is None else v.to(device, non_blocking=non_blocking) for k, v in vars(self).items()}
-        return VQABatch(**moved)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return VQABatch(
+            None if self.pixels is None else move(self.pixels),
+            None if self.image_tokens is None else move(self.image_tokens),
+            move(self.question_ids),
+            move(self.question_lengths),
+            move(self.image_index),
+            move(self.answer_ids),
+            move(self.answer_lengths),
+        )
 
 
 @dataclass

@@ -150,14 +150,15 @@ class Engine:
     def _answer_batch(self, pairs: list[tuple[Image, str]], params: SamplingParams, on_error: str) -> Iterator[Any]:
         start = time.perf_counter()
         results: list[Any] = [None] * len(pairs)
-        images: dict[object, np.ndarray | ValueError] = {}
+        images: dict[object, np.ndarray] = {}
+        broken: dict[object, ValueError] = {}
         rows: list[tuple[int, object, list[int], list[str]]] = []
         for i, (image, question) in enumerate(pairs):
             try:
                 if isinstance(image, ValueError):
                     raise image
                 asked = self.processor.encode_question(question)
-                rows.append((i, self._image(image, images), asked.ids, asked.warnings))
+                rows.append((i, self._image(image, images, broken), asked.ids, asked.warnings))
             except ValueError as error:
                 if on_error == "raise":
                     raise
@@ -165,7 +166,7 @@ class Engine:
         if rows:
             order = {key: n for n, key in enumerate(dict.fromkeys(row[1] for row in rows))}
             rows.sort(key=lambda row: order[row[1]])
-            pixels = np.stack([images[key] for key in order])  # type: ignore[arg-type]
+            pixels = np.stack([images[key] for key in order])
             generated = self._generate(pixels, [order[row[1]] for row in rows], [row[2] for row in rows], params)
             total = time.perf_counter() - start
             share = {k: v / len(rows) for k, v in (generated.seconds | {"total": total}).items()}
@@ -173,18 +174,17 @@ class Engine:
                 results[i] = self._answer(hypotheses, share, warnings, params)
         yield from results
 
-    def _image(self, image: Image, known: dict[object, np.ndarray | ValueError]) -> object:
+    def _image(self, image: Image, known: dict[object, np.ndarray], broken: dict[object, ValueError]) -> object:
         """The key under which the image's pixels stand in `known`, decoding them where it is new there."""
         key: object = hashlib.sha256(_raw(image)).digest() if isinstance(image, bytes | np.ndarray) else image
+        if key in broken:
+            raise broken[key]
         if key not in known:
             try:
-                array = image if isinstance(image, np.ndarray) else decode_image(image)
-                known[key] = self.processor.image(array)
+                known[key] = self.processor.image(image if isinstance(image, np.ndarray) else decode_image(image))
             except ValueError as error:
-                known[key] = error
-        found = known[key]
-        if isinstance(found, ValueError):
-            raise found
+                broken[key] = error
+                raise
         return key
 
     def _generate(

@@ -57,10 +57,10 @@ def run(argv: list[str]) -> int:
             return _usage_error(f"miss {name}: no command named {rest[0]!r}", rest[0], list(module.COMMANDS))
         args_type, main = module.COMMANDS[rest[0]]
         name, rest = f"{name} {rest[0]}", rest[1:]
-    if hasattr(module, "read_args"):
-        return _guarded(name, lambda: main(module.read_args(rest, f"miss {name}")))
     assert args_type is not None and main is not None, f"miss.cli.{name} has neither Args and main nor COMMANDS"
-    return _guarded(name, lambda: main(parse(args_type, rest, f"miss {name}")))
+    read = getattr(module, "read_args", None)
+    prog, serve = f"miss {name}", main
+    return _guarded(name, lambda: serve(read(rest, prog) if read else parse(args_type, rest, prog)))
 
 
 def parse(args_type: Any, argv: list[str], prog: str, default: Any = None) -> Any:

@@ -86,6 +86,7 @@ def _load(args: Args) -> "Engine":
 
 def _answer_image(args: Args, params: "SamplingParams") -> int:
     engine = _load(args)
+    assert args.image
     pairs = [(args.image, question) for question in args.question]
     for (_, question), answer in zip(pairs, engine.answer_many(pairs, params, batch_size=64), strict=True):
         if args.json:

@@ -35,7 +35,9 @@ def small_config() -> MissConfig:
         vocab_size=VOCABULARY, hidden_size=48, num_layers=2, num_heads=3, intermediate_size=64, source_width=48
     )
     return MissConfig(
-        vision=VisionConfig(image_size=40, patch_size=8, hidden_size=64, num_layers=2, num_heads=2, intermediate_size=96),
+        vision=VisionConfig(
+            image_size=40, patch_size=8, hidden_size=64, num_layers=2, num_heads=2, intermediate_size=96
+        ),
         encoder=dataclasses.replace(text, source_width=64),
         decoder=text,
         preprocess=PreprocessConfig(image_size=40, rescale_factor=1.0),
@@ -74,7 +76,7 @@ def hugging_face(config: MissConfig):
     torch.manual_seed(0)
     model = transformers.BlipForQuestionAnswering(blip).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():  # biases and norms start at 0 and 1: make every one count
+        for p in model.parameters():  # biases and norms start at 0 and 1: make every one count
             p.add_(torch.randn_like(p) * (0.02 if p.dim() > 1 else 0.1))
     # Its decoder reads question states of the width of the encoder; with another image width it would be built wrong.
     if text.source_width != text.hidden_size:
@@ -156,7 +158,9 @@ def run_ours(model: MissVQA, batch: VQABatch) -> dict[str, torch.Tensor]:
     kv = model.project_images(tokens)
     states = model.encode_questions(batch.question_ids, batch.question_lengths, kv, batch.image_index)
     rows = torch.arange(len(states), dtype=torch.int32)
-    hidden = model.decoder(batch.answer_ids, model.project_questions(states), rows, batch.question_lengths, batch.answer_lengths)
+    hidden = model.decoder(
+        batch.answer_ids, model.project_questions(states), rows, batch.question_lengths, batch.answer_lengths
+    )
     out = model(batch, label_smoothing=0.1)
     return {
         "images": tokens[batch.image_index.long()],
