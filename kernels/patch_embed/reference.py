@@ -5,6 +5,8 @@ Knows the formulas and the order of a patch's values; does not know speed.
 Shapes: B batch, N patches, C width, P patch size.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,23 @@ from miss.kernels.registry import accumulator
 def patches(pixels: Tensor, size: int) -> Tensor:
     """pixels (B, height, width, 3) -> (B, N, 3, P, P): patches row by row, a patch's values in the weight's order."""
     batch, height, width, channels = pixels.shape
-    grid = pixels.reshape(batch, height // size, size, width // size, size, channels)
-    return grid.permute(0, 1, 3, 5, 2, 4).reshape(batch, -1, channels, size, size)
+    rows, columns = height // size, width // size
+    grid = pixels.reshape(batch, rows, size, columns, size, channels)
+    return grid.permute(0, 1, 3, 5, 2, 4).reshape(batch, rows * columns, channels, size, size)
 
 
 def _normalised(pixels: Tensor, scale: Tensor, shift: Tensor, size: int, acc: torch.dtype) -> Tensor:
     values = patches(pixels, size).to(acc)
     return (values * scale.to(acc)[:, None, None] + shift.to(acc)[:, None, None]).flatten(2)
+
+
+def unpatched(drows: Tensor, scale: Tensor, pixels: Tensor) -> Tensor:
+    """Gradient of normalised rows (B, N, 3 * P * P) as one of pixels (B, height, width, 3), in the pixels' dtype."""
+    batch, height, width, channels = pixels.shape
+    size = math.isqrt(drows.shape[-1] // channels)
+    values = drows.view(batch, height // size, width // size, channels, size, size)
+    values = values * scale.to(accumulator(drows.dtype))[:, None, None]
+    return values.permute(0, 1, 4, 2, 5, 3).reshape(pixels.shape).to(pixels.dtype)
 
 
 def forward(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -38,8 +50,5 @@ def backward(
     dweight = torch.einsum("bnc,bnk->ck", dyf, rows).view(weight.shape)
     dpixels = pixels.new_empty(0)
     if need_pixels:
-        batch, height, width, channels = pixels.shape
-        values = (dyf @ weight.to(acc).flatten(1)).view(batch, height // size, width // size, channels, size, size)
-        values = values * scale.to(acc)[:, None, None]
-        dpixels = values.permute(0, 1, 4, 2, 5, 3).reshape(pixels.shape).to(pixels.dtype)
+        dpixels = unpatched(dyf @ weight.to(acc).flatten(1), scale, pixels)
     return dweight.to(weight.dtype), dyf.sum((0, 1)).to(weight.dtype), dpixels

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from miss.kernels.patch_embed.reference import patches
+from miss.kernels.patch_embed.reference import patches, unpatched
 from miss.kernels.registry import accumulator
 
 
@@ -26,13 +26,8 @@ def forward(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: 
 def backward(
     dy: Tensor, weight: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, need_pixels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _rows(weight, pixels, scale, shift)
+    rows = _rows(weight, pixels, scale, shift).flatten(0, 1)
     flat = dy.reshape(-1, dy.shape[-1])
-    dweight = (flat.T @ rows.reshape(len(flat), -1)).view(weight.shape)
-    dpixels = pixels.new_empty(0)
-    if need_pixels:
-        with torch.enable_grad():
-            leaf = pixels.detach().requires_grad_()
-            y = _rows(weight.detach(), leaf, scale, shift)
-        (dpixels,) = torch.autograd.grad(y, leaf, (dy @ weight.flatten(1)).view(y.shape))
-    return dweight, flat.sum(0), dpixels.contiguous()
+    dweight = (flat.T @ rows).view(weight.shape)
+    dpixels = unpatched(dy @ weight.flatten(1), scale, pixels) if need_pixels else pixels.new_empty(0)
+    return dweight, flat.sum(0), dpixels
