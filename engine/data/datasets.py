@@ -52,8 +52,8 @@ class Where:
         if value is None and not required:
             return None
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            kind = "nothing" if value is None else type(value).__name__
-            raise self.error(f"{key!r} holds {kind}; wanted text")
+            got = "is missing" if key not in row else f"holds {_json_kind(value)}"
+            raise self.error(f"{key!r} {got}; wanted text")
         return str(value).strip()
 
     def image(self, name: str) -> Path:
@@ -98,27 +98,59 @@ def load_dataset(
     if name not in (*LAYOUTS, "packed"):
         raise DataError(f"data set: got {name!r}; accepted: {', '.join(DATASETS)}")
     base = resolve_data_root(root)
-    if (base / "index.json").is_file():
+    if is_packed(base):
         from miss.engine.data.pack import read_packed
 
         return read_packed(base, None if name == "packed" else name, split, language)
     if name == "packed":
         raise DataError(f"{base}: no index.json; wanted a folder that `miss data pack` wrote")
+    samples, problems = scan(name, base, split, language)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems: see `miss data check`)" if len(problems) > 1 else ""
+        raise type(problems[0])(f"{problems[0]}{more}")
+    return samples
+
+
+def is_packed(base: Path) -> bool:
+    """Whether `miss data pack` wrote this folder."""
+    return (base / "index.json").is_file() and (base / "samples.jsonl.gz").is_file()
+
+
+def scan(name: str, base: Path, split: str, language: str = "en") -> tuple[list[Sample], list[DataError]]:
+    """The samples of one split of an official layout, and what is wrong with its other records.
+
+    Raises:
+        DataError: there is no file of that split.
+    """
     files, folder = _find_files(name, base, split)
     layout = LAYOUTS[name]
     samples: list[Sample] = []
+    problems: list[DataError] = []
     known: dict[str, Path] = {}
     roots = [folder / f for f in layout.image_folders if (folder / f).is_dir()] or [folder]
     for file in files:
-        rows = read_rows(file)
-        read = [layout.read(row, Where(name, file, i, roots, known)) for i, row in enumerate(rows, 1)]
-        assert len(read) == len(rows), "every record becomes one sample"
-        samples += read
-    check_unique(samples, ", ".join(str(f) for f in files))
-    samples = [s for s in samples if language in ("all", s.language)] if name == "slake" else samples
+        rows, unread = read_rows(file)
+        read, refused = _read_all(rows, layout, name, file, roots, known)
+        assert len(read) + len(refused) == len(rows), "every record becomes one sample or one problem"
+        samples, problems = samples + read, problems + unread + refused
+    problems += find_double(samples, ", ".join(str(f) for f in files))
+    if name == "slake" and language != "all":
+        samples = [s for s in samples if s.language == language]
     if name == "vqa-rad" and split in ("train", "validate"):
         samples = [s for s in samples if is_validation_image(Path(s.image_key).name) == (split == "validate")]
-    return samples
+    return samples, problems
+
+
+def _read_all(
+    rows: list[tuple[int, Row]], layout: Layout, name: str, file: Path, roots: list[Path], known: dict[str, Path]
+) -> tuple[list[Sample], list[DataError]]:
+    samples, problems = [], []
+    for number, row in rows:
+        try:
+            samples.append(layout.read(row, Where(name, file, number, roots, known)))
+        except DataError as error:
+            problems.append(error)
+    return samples, problems
 
 
 def is_validation_image(image_name: str) -> bool:
@@ -126,46 +158,57 @@ def is_validation_image(image_name: str) -> bool:
     return int(hashlib.sha256(image_name.encode()).hexdigest(), 16) % 10 == 0
 
 
-def check_unique(samples: Iterable[Sample], where: str) -> None:
-    """Raises DataError where a qid stands twice in one data set."""
+def find_double(samples: Iterable[Sample], where: str) -> list[DataError]:
+    """One problem where qids stand more than once in a data set, which names them; else none."""
     counts = Counter((s.dataset, s.qid) for s in samples)
     double = [qid for (_, qid), count in counts.items() if count > 1]
-    if double:
-        shown = ", ".join(double[:10]) + (f" and {len(double) - 10} more" if len(double) > 10 else "")
-        raise DataError(f"{where}: these qids stand more than once: {shown}; every record needs its own")
+    if not double:
+        return []
+    shown = ", ".join(q[:80] for q in double[:10]) + (f" and {len(double) - 10} more" if len(double) > 10 else "")
+    return [DataError(f"{where}: these qids stand more than once: {shown}; every record needs its own")]
 
 
-def read_rows(file: Path) -> list[Row]:
-    """The records of a manifest: a JSON array, or one JSON object a line.
+def read_rows(file: Path) -> tuple[list[tuple[int, Row]], list[DataError]]:
+    """The records of a manifest, with the number of their line or record, and what could not be read.
 
-    Raises:
-        DataError: it is not JSON, or a record is no object; the message has the line or the record.
+    A manifest is a JSON array of objects, or has one JSON object a line.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(f"{file}: not UTF-8 text; wanted JSON") from None
-    if file.suffix == ".jsonl" or not text.lstrip().startswith("["):
-        return [_line(file, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [], [DataError(f"{file}: not UTF-8 text; wanted JSON")]
+    if file.suffix != ".jsonl" and text.lstrip().startswith("["):
+        return _read_array(file, text)
+    rows, problems = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            problems.append(DataError(f"{file}, line {number}: not valid JSON; wanted one object a line"))
+            continue
+        if isinstance(row, dict):
+            rows.append((number, row))
+        else:
+            problems.append(DataError(f"{file}, line {number}: got {_json_kind(row)}; wanted an object"))
+    return rows, problems
+
+
+def _read_array(file: Path, text: str) -> tuple[list[tuple[int, Row]], list[DataError]]:
     try:
-        rows = json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise DataError(f"{file}, line {line}: not valid JSON; wanted an array of objects") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, record {number}: got {type(row).__name__}; wanted an object")
-    return rows
+        return [], [DataError(f"{file}, line {line}: not valid JSON; wanted an array of objects")]
+    rows = [(number, row) for number, row in enumerate(found, 1) if isinstance(row, dict)]
+    wrong = [(number, row) for number, row in enumerate(found, 1) if not isinstance(row, dict)]
+    return rows, [DataError(f"{file}, record {n}: got {_json_kind(row)}; wanted an object") for n, row in wrong]
 
 
-def _line(file: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise DataError(f"{file}, line {number}: not valid JSON; wanted one object a line") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{file}, line {number}: got {type(row).__name__}; wanted an object")
-    return row
+def _json_kind(value: Any) -> str:
+    names = {list: "an array", str: "text", int: "a number", float: "a number", bool: "true or false"}
+    return names.get(type(value), "null")
 
 
 def _find_files(name: str, base: Path, split: str) -> tuple[list[Path], Path]:
