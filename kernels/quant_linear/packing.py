@@ -111,7 +111,11 @@ def pack_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) ->
         PackingError: shapes or ranges do not fit.
     """
     num_groups = -(-codes.shape[1] // group) if group in GROUPS else 0
-    if group not in GROUPS or scale.shape != (len(codes), num_groups) or (zero is not None and zero.shape != scale.shape):
+    if (
+        group not in GROUPS
+        or scale.shape != (len(codes), num_groups)
+        or (zero is not None and zero.shape != scale.shape)
+    ):
         raise PackingError(f"codes {tuple(codes.shape)}, scale {tuple(scale.shape)}, group {group}: do not fit")
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 15:
         raise PackingError(f"codes from {codes.min()} to {codes.max()}; wanted 0 to 15")
@@ -170,8 +174,10 @@ def from_flat(tensors: Mapping[str, Tensor], prefix: str) -> PackedWeight:
     if data is None or scale is None or layout is None:
         missing = [f"{prefix}.{name}" for name in ("data", "scale", "layout") if parts[name] is None]
         raise PackingError(f"packed weight {prefix}: missing {', '.join(missing)}")
-    if layout.dtype != torch.int64 or layout.shape != (6,) or layout[0] != _VERSION:
-        raise PackingError(f"packed weight {prefix}: layout {layout.tolist()}; wanted six numbers, version {_VERSION}")
+    if layout.dtype != torch.int64 or layout.shape != (6,) or layout[0] != _VERSION or layout.min() < 0:
+        raise PackingError(
+            f"packed weight {prefix}: layout {layout.tolist()}; wanted six whole numbers, the first {_VERSION} (version)"
+        )
     _, bits, group, rows, columns, dynamic = (int(v) for v in layout.tolist())
     if bits not in (4, 8) or (bits == 4 and group not in GROUPS) or (bits == 4 and dynamic):
         raise PackingError(f"packed weight {prefix}: {bits} bits, group {group}, dynamic {dynamic} is not a scheme")
