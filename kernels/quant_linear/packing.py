@@ -176,7 +176,7 @@ def from_flat(tensors: Mapping[str, Tensor], prefix: str) -> PackedWeight:
         raise PackingError(f"packed weight {prefix}: missing {', '.join(missing)}")
     if layout.dtype != torch.int64 or layout.shape != (6,) or layout[0] != _VERSION or layout.min() < 0:
         raise PackingError(
-            f"packed weight {prefix}: layout {layout.tolist()}; wanted six whole numbers, the first {_VERSION} (version)"
+            f"packed weight {prefix}: layout {layout.tolist()}; wanted six whole numbers, version {_VERSION} first"
         )
     _, bits, group, rows, columns, dynamic = (int(v) for v in layout.tolist())
     if bits not in (4, 8) or (bits == 4 and group not in GROUPS) or (bits == 4 and dynamic):
