@@ -166,7 +166,8 @@ class AugmentConfig:
     """Rotation, crop, brightness and contrast; never a flip: left and right are findings.
 
     `copies` is the number of cached versions of each training image where the image encoder is frozen (the first is
-    the image itself); where it is trained every visit draws anew.
+    the image itself); where it is trained every visit draws anew. `keep_tokens` is the share of an image's cached
+    patch tokens that a visit sees, drawn anew each time ([CLS] always; PatchDropout, arXiv 2208.07220).
     """
 
     copies: int = 1
@@ -174,9 +175,12 @@ class AugmentConfig:
     crop_share: float = 0.8
     brightness: float = 0.2
     contrast: float = 0.2
+    keep_tokens: float = 1.0
 
     def __post_init__(self) -> None:
         _whole(self, 1, "copies")
+        if not 0 < self.keep_tokens <= 1:
+            raise ConfigError(f"augment.keep_tokens: got {self.keep_tokens!r}; wanted above 0, at most 1")
         if not 0 <= self.rotate_degrees <= 45:
             raise ConfigError(f"augment.rotate_degrees: got {self.rotate_degrees!r}; wanted 0 to 45")
         if not 0 < self.crop_share <= 1:
@@ -235,6 +239,8 @@ class TrainConfig:
     `train_vision: false` encodes every image once and trains on the cached tokens. `standardise_features` then folds
     the channels' mean and deviation over the training tokens into the image encoder's last norm before training.
     `features_dtype: auto` caches bfloat16 under `bf16`, else float16.
+    `answer_prior` starts the head's bias at the log-frequency of the training answers' tokens: AdamW alone takes some
+    hundred steps to move a bias by the several nats that separate a fresh head from it.
     """
 
     init: str | None = None
@@ -246,6 +252,7 @@ class TrainConfig:
     train_vision: bool = False
     standardise_features: bool = False
     features_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    answer_prior: bool = False
     label_smoothing: float = 0.0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from miss.engine.data.augment import Limits, View, augment, draw_view, hash64
 
-_COPY, _VIEW = 11, 12  # what a hash is for
+_COPY, _VIEW, _KEEP = 11, 12, 13  # what a hash is for
 
 
 def digest(*parts: object) -> str:
@@ -118,6 +118,10 @@ class PixelStore:
         self.pixels, self.numbers, self.limits, self.seed, self.background = pixels, numbers, limits, seed, background
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="augment")
 
+    def content(self) -> str:
+        """A hash of all pixels."""
+        return hashlib.sha256(memoryview(self.pixels.numpy())).hexdigest()
+
     def view(self, image: int, visit: int) -> View:
         return View() if self.limits is None else draw_view(self.limits, self.seed, _VIEW, self.numbers[image], visit)
 
@@ -132,10 +136,15 @@ class PixelStore:
 
 
 class FeatureStore:
-    """Tokens of every image, in one or more copies of which the first is the image itself and the others augmented."""
+    """Tokens of every image, in one or more copies of which the first is the image itself and the others augmented.
 
-    def __init__(self, tokens: Tensor, copies: Sequence[int], seed: int) -> None:
+    `keep`: the share of the patch tokens that a visit gets, [CLS] besides.
+    """
+
+    def __init__(self, tokens: Tensor, copies: Sequence[int], seed: int, keep: float = 1.0) -> None:
         self.copies, self.seed, self.dtype = list(copies), seed, tokens.dtype
+        self.num_patches = tokens.shape[1] - 1
+        self.num_kept = max(1, round(keep * self.num_patches))
         # As bytes for NumPy, which has no bfloat16 and copies on one thread: a second OpenMP team, beside the one of
         # the training step, would stall both.
         self._bytes = tokens.view(torch.uint8).numpy()
@@ -144,7 +153,16 @@ class FeatureStore:
     def gather(self, images: Sequence[int], visits: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         """(None, tokens (I, N, C)); which copy a visit gets depends on seed, image and visit alone."""
         chosen = [hash64(self.seed, _COPY, i, visit) % self.copies[i] for i, visit in zip(images, visits, strict=True)]
-        return None, torch.from_numpy(self._bytes[self._first[list(images)] + chosen]).view(self.dtype)
+        rows = self._first[list(images)] + chosen
+        if self.num_kept == self.num_patches:
+            return None, torch.from_numpy(self._bytes[rows]).view(self.dtype)
+        kept = np.stack([self._kept(i, visit) for i, visit in zip(images, visits, strict=True)])
+        return None, torch.from_numpy(self._bytes[rows[:, None], kept]).view(self.dtype)
+
+    def _kept(self, image: int, visit: int) -> np.ndarray:
+        """Which tokens a visit gets: [CLS] and a random subset of the patches, in order."""
+        random = np.random.default_rng(hash64(self.seed, _KEEP, image, visit))
+        return np.concatenate([[0], np.sort(random.permutation(self.num_patches)[: self.num_kept]) + 1])
 
     @classmethod
     def build(
@@ -156,6 +174,7 @@ class FeatureStore:
         dtype: torch.dtype,
         cache: Path,
         batch: int = 8,
+        keep: float = 1.0,
     ) -> "FeatureStore":
         """Encodes each image `copies[i]` times; `key` says what `encode` is (weights, preprocessing, precision)."""
         jobs = [(i, k) for i, n in enumerate(copies) for k in range(n)]
@@ -167,8 +186,8 @@ class FeatureStore:
                 out[start : start + len(part)] = encode_batch(encode, pixels, part).to("cpu", dtype)
 
         name = digest(key, shape, str(dtype), pixels.seed, str(pixels.limits), pixels.numbers, list(copies))
-        content = digest(name, hashlib.sha256(memoryview(pixels.pixels.numpy())).hexdigest())
-        return cls(cached_array(cache / f"tokens-{content}.bin", shape, dtype, fill), copies, pixels.seed)
+        content = digest(name, pixels.content())
+        return cls(cached_array(cache / f"tokens-{content}.bin", shape, dtype, fill), copies, pixels.seed, keep)
 
 
 @torch.no_grad()
@@ -183,19 +202,24 @@ def encode_batch(encode: Callable[[Tensor], Tensor], pixels: PixelStore, jobs: S
 
 
 @torch.no_grad()
-def channel_statistics(encode: Callable[[Tensor], Tensor], pixels: PixelStore, batch: int = 8) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of the tokens of all images as they are; sums in float64."""
-    total: Tensor | None = None
-    squares, count = torch.zeros(()), 0
+def channel_statistics(
+    encode: Callable[[Tensor], Tensor], key: str, pixels: PixelStore, cache: Path, batch: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, float64 (C,), of the tokens of all images as they are; `key` as for the tokens."""
+    width = encode_batch(encode, pixels, [(0, 0)]).shape[-1]
     images = range(len(pixels.pixels))
-    for start in tqdm(range(0, len(images), batch), desc="token statistics", unit_scale=batch, disable=None):
-        tokens = encode_batch(encode, pixels, [(i, 0) for i in images[start : start + batch]]).double().flatten(0, 1)
-        if total is None:
-            total, squares = torch.zeros_like(tokens[0]), torch.zeros_like(tokens[0])
-        total, squares, count = total + tokens.sum(0), squares + tokens.square().sum(0), count + len(tokens)
-    assert total is not None, "no images"
-    mean = total / count
-    deviation = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-6)
+
+    def fill(out: Tensor) -> None:
+        total, squares, count = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64), 0
+        for start in tqdm(range(0, len(images), batch), desc="token statistics", unit_scale=batch, disable=None):
+            tokens = encode_batch(encode, pixels, [(i, 0) for i in images[start : start + batch]])
+            tokens = tokens.double().flatten(0, 1).cpu()
+            total, squares, count = total + tokens.sum(0), squares + tokens.square().sum(0), count + len(tokens)
+        out[0] = total / count
+        out[1] = (squares / count - out[0].square()).clamp_min(0).sqrt().clamp_min(1e-6)
+
+    path = cache / f"statistics-{digest(key, pixels.content())}.bin"
+    mean, deviation = cached_array(path, (2, width), torch.float64, fill).unbind(0)
     return mean, deviation
 
 

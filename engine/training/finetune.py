@@ -17,6 +17,7 @@ from torch import Tensor
 from miss.engine.data.augment import Limits
 from miss.engine.data.datasets import Sample, load_dataset, resolve_data_root
 from miss.engine.data.images import decode_image
+from miss.engine.data.leaks import exclude_leaks
 from miss.engine.data.loader import GroupedLoader, GroupedSampler, ImageStore, Part, Row, Visit, collate
 from miss.engine.data.processor import Processor
 from miss.engine.training.config import SourceConfig, TrainConfig
@@ -123,31 +124,40 @@ def prepare(
     model.to(device)
 
     mix_train, mix_validation, num_leaks = read_mix(config, tell)
+    mix_train = answered(mix_train, processor, tell)
     train_groups, validation_groups = mix_train[:most_images], mix_validation[:most_images]
+    rows = [tokenise(groups, processor) for groups in (train_groups, validation_groups)]
     cache = Path(config.data.cache) if config.data.cache else output / "cache"
     pixels = [
         pixel_store(train_groups, config, processor, cache, augmented=True),
         pixel_store(validation_groups, config, processor, cache, augmented=False),
     ]
+
+    def key() -> str:
+        return digest(weights_digest(model.vision), processor.fingerprint, config.bf16, device.type)
+
     if config.standardise_features and resume is None:
-        mean, deviation = channel_statistics(encoder(model, config, device), pixels[0])
-        fold_standardisation(model.vision.norm, mean, deviation)
+        mean, deviation = channel_statistics(encoder(model, config, device), key(), pixels[0], cache)
+        fold_standardisation(model.vision.norm, mean.to(device), deviation.to(device))
     stores: list[ImageStore] = list(pixels)
     if not config.train_vision:
         copies = [[group.copies for group in train_groups], [1] * len(validation_groups)]
         stores = [
             FeatureStore.build(
                 encoder(model, config, device),
-                digest(weights_digest(model.vision), processor.fingerprint, config.bf16, device.type),
+                key(),
                 store,
                 count,
                 features_dtype(config),
                 cache,
+                keep=keep,
             )
-            for store, count in zip(pixels, copies, strict=True)
+            for store, count, keep in zip(pixels, copies, (config.augment.keep_tokens, 1.0), strict=True)
         ]
-    train = Questions(train_groups, tokenise(train_groups, processor), stores[0])
-    validation = Questions(validation_groups, tokenise(validation_groups, processor), stores[1])
+    train = Questions(train_groups, rows[0], stores[0])
+    if config.answer_prior and resume is None:
+        set_answer_prior(model, train)
+    validation = Questions(validation_groups, rows[1], stores[1])
     loader = make_loader(config, train, device)
     trainer = Trainer(
         model,
@@ -205,20 +215,15 @@ def read_mix(config: TrainConfig, tell: Tell) -> tuple[list[ImageGroup], list[Im
     train = [(source, read_source(source, config)) for source in config.data.train]
     num_leaks = 0
     if config.data.exclude_leaks and validation:
-        from miss.engine.data.leaks import exclude_leaks
-
         held_out = [sample for _, samples in validation for sample in samples]
-        kept = []
-        for source, samples in train:
-            clean = exclude_leaks(samples, held_out)
-            if len(clean) < len(samples):
-                tell(
-                    f"{source.dataset} {source.split}: {len(samples) - len(clean)} of {len(samples)} questions left "
-                    f"out: their images are, or look like, images of a validation set"
-                )
-            num_leaks += len(samples) - len(clean)
-            kept.append((source, clean))
-        train = kept
+        names = {sample.dataset for sample in held_out}
+        kin = [sample for _, samples in train for sample in samples if sample.dataset in names]
+        for i, (source, samples) in enumerate(train):
+            kept, report = exclude_leaks(samples, held_out, kin)
+            if report.leaks:
+                tell(f"{source.dataset} {source.split}: {report}, to keep validation images out of training")
+            num_leaks += len(samples) - len(kept)
+            train[i] = source, kept
     groups = [group_by_image(part, config.augment.copies) for part in (train, validation)]
     if not groups[0]:
         raise ValueError("data.train: no question is left to train on")
@@ -242,15 +247,49 @@ def group_by_image(mix: Sequence[tuple[SourceConfig, list[Sample]]], copies: int
     return list(groups.values())
 
 
+def answered(groups: Sequence[ImageGroup], processor: Processor, tell: Tell) -> list[ImageGroup]:
+    """The images without questions whose answer holds nothing to learn; those are named."""
+    kept, dropped = [], []
+    for group in groups:
+        samples = [s for s in group.samples if has_text(s.answer, processor)]
+        dropped += [f"{s.dataset}/{s.qid}" for s in group.samples if s not in samples]
+        if samples:
+            kept.append(dataclasses.replace(group, samples=samples))
+    if dropped:
+        shown = ", ".join(dropped[:10]) + (f" and {len(dropped) - 10} more" if len(dropped) > 10 else "")
+        tell(f"{len(dropped)} training questions left out, their answer is empty: {shown}")
+    if not kept:
+        raise ValueError("data.train: no question is left to train on")
+    return kept
+
+
+def has_text(answer: str, processor: Processor) -> bool:
+    return bool(processor.tokenizer.encode(answer, add_special_tokens=False).ids)
+
+
 def tokenise(groups: Sequence[ImageGroup], processor: Processor) -> list[list[Row]]:
-    """Each sample's question and answer as token ids."""
+    """Each sample's question and answer as token ids; an empty answer (of a validation set) is [DEC] [SEP]."""
+
+    def ids(answer: str) -> list[int]:
+        return processor.answer(answer) if has_text(answer, processor) else [processor.dec, processor.sep]
+
     return [
-        [
-            Row(f"{s.dataset}/{s.qid}", list(processor.question(s.question)), list(processor.answer(s.answer)))
-            for s in group.samples
-        ]
+        [Row(f"{s.dataset}/{s.qid}", processor.question(s.question), ids(s.answer)) for s in group.samples]
         for group in groups
     ]
+
+
+@torch.no_grad()
+def set_answer_prior(model: MissVQA, train: Questions) -> None:
+    """The head's bias at the log-frequency of the tokens of the training answers, each image weighted as it is drawn.
+
+    Every token of the vocabulary counts once more than it occurs, so that none is ruled out.
+    """
+    counts = torch.ones(model.config.decoder.vocab_size, dtype=torch.float64)
+    for group, rows in zip(train.groups, train.rows, strict=True):
+        ids = torch.tensor([token for row in rows for token in row.answer_ids[1:]], dtype=torch.int64)
+        counts.index_add_(0, ids, torch.full(ids.shape, group.weight, dtype=torch.float64))
+    model.decoder.head.bias.copy_((counts / counts.sum()).log())
 
 
 def pixel_store(
