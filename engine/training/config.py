@@ -293,7 +293,9 @@ class TrainConfig:
         data = values.pop("data", {})
         if not isinstance(data, dict):
             raise ConfigError(f"data: got {type(data).__name__}; wanted a mapping")
-        sources = {name: _sources(data[name], f"data.{name}") for name in ("train", "validation") if name in data}
+        sources: dict[str, Any] = {
+            name: _sources(data[name], f"data.{name}") for name in ("train", "validation") if name in data
+        }
         rest = from_dict(DataConfig, {k: v for k, v in data.items() if k not in sources}, "data.")
         return dataclasses.replace(from_dict(cls, values), data=dataclasses.replace(rest, **sources))
 

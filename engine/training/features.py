@@ -40,7 +40,7 @@ def weights_digest(module: nn.Module) -> str:
     total = hashlib.sha256()
     for name, parameter in module.named_parameters():
         total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
-        total.update(memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()[:32]
 
 
@@ -120,7 +120,7 @@ class PixelStore:
 
     def content(self) -> str:
         """A hash of all pixels."""
-        return hashlib.sha256(memoryview(self.pixels.numpy())).hexdigest()
+        return hashlib.sha256(self.pixels.numpy().data).hexdigest()
 
     def view(self, image: int, visit: int) -> View:
         return View() if self.limits is None else draw_view(self.limits, self.seed, _VIEW, self.numbers[image], visit)

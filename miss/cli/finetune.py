@@ -53,7 +53,9 @@ class Args:
     print_config: bool = False
     """Print the configuration as it is after file and flags, and leave."""
     command: tyro.conf.Suppress[str] = ""
-    train: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=TrainConfig)
+    train: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
+        default_factory=TrainConfig
+    )
 
 
 def read_args(argv: list[str], prog: str) -> Args:
