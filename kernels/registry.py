@@ -12,8 +12,10 @@ Force one with `with use(layer_norm="reference"):` or `MISS_KERNELS=layer_norm=r
 import contextlib
 import difflib
 import functools
+import importlib
 import importlib.util
 import os
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,7 +64,7 @@ class Forced:
     """
 
     def __init__(self, environment: str = "") -> None:
-        self._environment = parse_choice(environment)
+        self.environment = parse_choice(environment)
         self._stack: list[dict[str, str]] = []
         self._lock = threading.Lock()
 
@@ -71,10 +73,10 @@ class Forced:
 
         An operation's backward table follows the forward one wherever it has an implementation of that name.
         """
-        if not self._stack and not self._environment:
+        if not self._stack and not self.environment:
             return None
         forward = op.removesuffix(BACKWARD)
-        for choice in (*reversed(self._stack), self._environment):
+        for choice in (*reversed(self._stack), self.environment):
             if op in choice:
                 return choice[op]
             if forward in choice and forward != op and choice[forward] in OPS[op].names:
@@ -92,13 +94,13 @@ class Forced:
 
     def check_environment(self, op: "Op") -> None:
         """Called as each table registers, so that a wrong implementation name fails at import, not never."""
-        asked = self._environment.get(op.name)
+        asked = self.environment.get(op.name)
         if asked is not None and asked not in op.names:
             raise ValueError(f"MISS_KERNELS: {_no_implementation(op, asked)}")
 
     def unknown_in_environment(self) -> dict[str, str]:
         """What MISS_KERNELS asks of operations that no table has registered."""
-        return {op: impl for op, impl in self._environment.items() if op not in OPS}
+        return {op: impl for op, impl in self.environment.items() if op not in OPS}
 
 
 def parse_choice(text: str) -> dict[str, str]:
@@ -150,7 +152,25 @@ def check_environment_complete() -> None:
         raise ValueError(f"MISS_KERNELS: {error}") from error
 
 
+def load_all() -> None:
+    """Imports every operation's folder, so that all tables are registered, and checks MISS_KERNELS against them.
+
+    Raises:
+        ValueError: MISS_KERNELS names an operation or an implementation that does not exist.
+    """
+    floor = importlib.import_module("miss.kernels")
+    for module in pkgutil.iter_modules(floor.__path__):
+        if module.ispkg:
+            importlib.import_module(f"miss.kernels.{module.name}")
+    check_environment_complete()
+
+
 _forced = Forced(os.environ.get("MISS_KERNELS", ""))
+
+
+def environment() -> dict[str, str]:
+    """What MISS_KERNELS asks for."""
+    return dict(_forced.environment)
 
 
 @contextlib.contextmanager
@@ -167,6 +187,20 @@ def use(**choice: str) -> Iterator[None]:
         yield
     finally:
         _forced.remove(choice)
+
+
+Watcher = Callable[["Op", tuple[Any, ...], Impl | None], None]
+_watchers: list[Watcher] = []
+
+
+@contextlib.contextmanager
+def watch(watcher: Watcher) -> Iterator[None]:
+    """Calls `watcher(op, arguments, chosen)` at every choice inside this block; chosen is None where nothing fits."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 @functools.cache
@@ -211,24 +245,31 @@ class Op:
             NotImplementedError: none fits (or the forced one does not); the message gives each one's reason.
         """
         forced = _forced.get(self.name)
-        for impl in self.impls:
-            if forced in (None, impl.name) and not self.why_not(impl, *args):
-                return impl
-        raise NotImplementedError(self.explain(*args))
+        chosen = next((i for i in self.impls if forced in (None, i.name) and not self.why_not(i, *args)), None)
+        for watcher in _watchers:
+            watcher(self, args, chosen)
+        if chosen is None:
+            raise NotImplementedError(self.explain(*args))
+        return chosen
 
-    def explain(self, *args: Any) -> str:
-        """A line an implementation: `fits`, or why not."""
+    def candidates(self, *args: Any) -> list[tuple[Impl, str | None]]:
+        """Every implementation, the fastest first, with why it cannot run (None where it can)."""
         forced = _forced.get(self.name)
-        shown = ", ".join(
-            f"{tuple(a.shape)} {str(a.dtype).removeprefix('torch.')} {a.device}" for a in args if isinstance(a, Tensor)
-        )
-        lines = [f"{self.name}({shown}):"]
+        rows = []
         for impl in self.impls:
             reason = self.why_not(impl, *args)
             if not reason and forced not in (None, impl.name):
                 reason = f"not asked for: {forced} is forced"
-            lines.append(f"  {impl.name:<10} {reason or 'fits'}")
-        return "\n".join(lines)
+            rows.append((impl, reason))
+        return rows
+
+    def explain(self, *args: Any) -> str:
+        """A line an implementation, the first that fits being the one that runs, or why it cannot."""
+        shown = ", ".join(
+            f"{tuple(a.shape)} {str(a.dtype).removeprefix('torch.')} {a.device}" for a in args if isinstance(a, Tensor)
+        )
+        lines = [f"  {impl.name:<10} {reason or 'fits'}" for impl, reason in self.candidates(*args)]
+        return "\n".join([f"{self.name}({shown}):", *lines])
 
     def __call__(self, *args: Any) -> Any:
         return self._run(self.select(*args), args)
