@@ -12,6 +12,13 @@ from torch import Tensor
 from miss.kernels.registry import Op, use
 
 BESIDE = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    ),
+]
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 def assert_as_good_as(
@@ -39,9 +46,6 @@ def data_root() -> Path:
     return root
 
 
-Outputs = Tensor | tuple[Tensor, ...]
-
-
 def check_error_rule(
     ours: Callable[..., Outputs],
     plain: Callable[..., Outputs],
@@ -62,7 +66,7 @@ def check_error_rule(
         result = function(*leaves)
         outputs = [result] if isinstance(result, Tensor) else list(result)
         generator = torch.Generator().manual_seed(1)
-        incoming = [torch.randn(o.shape, generator=generator).to(rounded[0].dtype).to(o.dtype) for o in outputs]
+        incoming = [torch.randn(o.shape, generator=generator).to(rounded[0].dtype).to(o) for o in outputs]
         return outputs, list(torch.autograd.grad(outputs, leaves, incoming))
 
     got, low, exact = run(ours, dtype), run(plain, dtype), run(plain, torch.float64)
