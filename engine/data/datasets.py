@@ -24,13 +24,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set keeps its files: folder names, manifests by split, image folders, one row's reader."""
+    """Where a data set keeps its files: folder names, manifests by split, image folders, one row's reader.
+
+    `fields`: what its records have, by which a folder of unknown content is recognised.
+    """
 
     folders: tuple[str, ...]
     files: dict[str, tuple[str, ...]]
     image_folders: tuple[str, ...]
     read: Callable[[Row, "Where"], Sample]
-    image_field: str
+    fields: tuple[str, ...]
 
 
 @dataclass
@@ -114,6 +117,29 @@ def load_dataset(
 def is_packed(base: Path) -> bool:
     """Whether `miss data pack` wrote this folder."""
     return (base / "index.json").is_file() and (base / "samples.jsonl.gz").is_file()
+
+
+def detect(base: Path) -> list[str]:
+    """The data sets that a folder (or a manifest) holds, by the names and the first records of its files.
+
+    Raises:
+        DataError: none that is known.
+    """
+    if is_packed(base):
+        return ["packed"]
+    found: dict[Path, str] = {}
+    for name, layout in LAYOUTS.items():
+        for split in ("train", "validate", "test"):
+            try:
+                (file,), _ = _find_files(name, base, split)
+            except DataError:
+                continue
+            rows, _ = read_rows(file)
+            if rows and all(field in rows[0][1] for field in layout.fields):
+                found.setdefault(file, name)  # VQA-Med-2019 comes before plain JSON lines, which have less to say
+    if not found:
+        raise DataError(f"{base}: holds no data set that is known; wanted one of: {', '.join(LAYOUTS)}")
+    return list(dict.fromkeys(found.values()))
 
 
 def scan(name: str, base: Path, split: str, language: str = "en") -> tuple[list[Sample], list[DataError]]:
@@ -332,28 +358,28 @@ LAYOUTS = {
         {"train": ("train.json",), "validate": ("validate.json", "validation.json"), "test": ("test.json",)},
         ("images", "imgs"),
         _slake,
-        "img_name",
+        ("img_name", "q_lang"),
     ),
     "vqa-rad": Layout(
         ("vqa_rad", "vqa-rad", "VQA_RAD", "VQA-RAD", "VQARAD"),
         {"train": ("train.json",), "validate": ("train.json",), "test": ("test.json",)},
         ("images", "VQA_RAD Image Folder"),
         _vqa_rad,
-        "image_name",
+        ("image_name", "image_organ"),
     ),
     "vqa-med-2019": Layout(
         ("vqa_med_2019", "vqa-med-2019", "VQA-Med-2019"),
         {"train": ("train.jsonl",), "validate": ("val.jsonl", "validate.jsonl"), "test": ("test.jsonl",)},
         ("images",),
         _vqa_med,
-        "image",
+        ("image", "category"),
     ),
     "jsonl": Layout(
         (),
         {"train": ("train.jsonl",), "validate": ("validate.jsonl", "val.jsonl"), "test": ("test.jsonl",)},
         (".", "images"),
         _jsonl,
-        "image",
+        ("image", "question"),
     ),
 }
 DATASETS = (*LAYOUTS, "packed")

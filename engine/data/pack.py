@@ -265,7 +265,9 @@ def read_packed(folder: Path, dataset: str | None, split: str, language: str = "
             and dataset in (None, row["dataset"])
             and (row["dataset"] != "slake" or language in ("all", row["language"]))
         ]
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except DataError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         raise DataError(f"{folder}: its index is damaged; copy or pack the data again") from None
 
 

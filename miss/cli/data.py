@@ -37,10 +37,10 @@ class CheckArgs:
 
 def check(args: CheckArgs) -> int:
     from miss.engine.data.check import check as check_data
-    from miss.engine.data.datasets import resolve_data_root
+    from miss.engine.data.datasets import detect, resolve_data_root
 
     base = resolve_data_root(args.data)
-    names = _names(args.datasets) or _all_there(base, args.language)
+    names = _names(args.datasets) or detect(base)
     report = check_data(names, base, args.language, args.perceptual, progress=sys.stderr.isatty())
     if args.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
@@ -112,27 +112,6 @@ def pack(args: PackArgs) -> int:
 
 def _names(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _all_there(base: Path, language: str) -> list[str]:
-    """The data sets that a folder holds."""
-    from miss.engine.data.check import read_splits
-    from miss.engine.data.datasets import LAYOUTS, DataError, is_packed
-
-    if is_packed(base):
-        return ["packed"]
-    if base.is_file():
-        return ["jsonl"]
-    found = []
-    for name in LAYOUTS:
-        try:
-            read_splits([name], base, language)
-        except DataError:
-            continue
-        found.append(name)
-    if not found:
-        raise DataError(f"{base}: holds no data set that is known; wanted one of: {', '.join(LAYOUTS)}")
-    return found
 
 
 def _show(facts: dict[str, Any]) -> None:
