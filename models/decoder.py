@@ -15,6 +15,7 @@ from miss.models.config import TextConfig
 from miss.models.cross_kv import CrossKV
 from miss.models.layers import LayerNorm, TextEmbeddings, TextLayer, mix
 from miss.models.linear import Linear
+from miss.models.packing import Packing
 
 
 class LanguageModelHead(nn.Module):
@@ -52,10 +53,15 @@ class AnswerDecoder(nn.Module):
         seed: int | None = None,
     ) -> Tensor:
         """States (R, T, C) of whole answers, teacher-forced: ids int64 (R, T); row r reads question_index[r]."""
-        x = self.embeddings(ids, seed=seed)
+        packing = Packing.of(lengths, ids.shape[1])
+        if packing is None:
+            x = self.embeddings(ids, seed=seed)
+        else:
+            x = self.embeddings(packing.pack(ids), packing.position, seed)
+            question_index = question_index[packing.row]
         for i, layer in enumerate(self.layers):
-            x = layer(x, lengths, question_kv[i], question_index, question_lengths, causal=True, seed=mix(seed, i))
-        return x
+            x = layer(x, lengths, question_kv[i], question_index, question_lengths, True, mix(seed, i), packing)
+        return x if packing is None else packing.unpack(x)
 
     def step(self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, question_index: Tensor) -> Tensor:
         """Logits (R, V) after one more token a row.

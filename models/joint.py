@@ -11,6 +11,7 @@ from miss.kernels.cross_attention import KV
 from miss.models.config import TextConfig
 from miss.models.cross_kv import CrossKV
 from miss.models.layers import TextEmbeddings, TextLayer, mix
+from miss.models.packing import Packing
 
 
 class JointEncoder(nn.Module):
@@ -34,8 +35,9 @@ class JointEncoder(nn.Module):
         image_kv: list[KV] | None = None,
         image_index: Tensor | None = None,
         seed: int | None = None,
+        padded: bool = False,
     ) -> Tensor:
-        """The last layer's states (R, T, C).
+        """The last layer's states (R, T, C); where rows are padded, zeros stand behind their tokens.
 
         Args:
             ids: int64 (R, T).
@@ -43,9 +45,15 @@ class JointEncoder(nn.Module):
             image_kv: per layer K and V (I, N, H, D) from `cross_kv.layers`; None reads the text alone.
             image_index: int32 (R,), the image of each row, non-decreasing.
             seed: dropout's seed; None drops nothing.
+            padded: compute the padded positions' states too, as the original does, instead of zeros.
         """
-        x = self.embeddings(ids, seed=seed)
+        packing = None if padded else Packing.of(lengths, ids.shape[1])
+        if packing is None:
+            x = self.embeddings(ids, seed=seed)
+        else:
+            x = self.embeddings(packing.pack(ids), packing.position, seed)
+            image_index = None if image_index is None else image_index[packing.row]
         for i, layer in enumerate(self.layers):
             source = None if image_kv is None else image_kv[i]
-            x = layer(x, lengths, source, image_index, seed=mix(seed, i))
-        return x
+            x = layer(x, lengths, source, image_index, seed=mix(seed, i), packing=packing)
+        return x if packing is None else packing.unpack(x)

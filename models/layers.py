@@ -7,7 +7,7 @@ Shapes: B batch (images or text rows), T text, N patches or keys, H heads, D hea
 
 from torch import Tensor, nn
 
-from miss.kernels.attention import attention
+from miss.kernels.attention import attention, attention_varlen
 from miss.kernels.cross_attention import KV, cross_attention
 from miss.kernels.decode_attention import decode_attention
 from miss.kernels.kv_cache import kv_append
@@ -15,6 +15,7 @@ from miss.kernels.layer_norm import add_layer_norm, layer_norm
 from miss.models.cache import LayerCache
 from miss.models.config import TextConfig
 from miss.models.linear import Linear
+from miss.models.packing import Packing
 
 
 def mix(seed: int | None, site: int) -> int | None:
@@ -93,6 +94,15 @@ class SelfAttention(nn.Module):
         out = attention(q, k, v, lengths, causal, None, dropout if seed is not None else 0.0, seed)
         return self.output(out.flatten(-2))
 
+    def packed(
+        self, x: Tensor, packing: Packing, causal: bool = False, dropout: float = 0.0, seed: int | None = None
+    ) -> Tensor:
+        """x (M, C) -> (M, C), each token attending to its own row's."""
+        q, k, v = self.project(x)
+        p = dropout if seed is not None else 0.0
+        out = attention_varlen(q, k, v, packing.offsets, packing.max_length, causal, None, p, seed)
+        return self.output(out.flatten(-2))
+
     def step(self, x: Tensor, cache: LayerCache, slots: Tensor, positions: Tensor) -> Tensor:
         """One new token a row: x (B, C) at `positions` (B,) of cache `slots` (B,), appended, then attended over."""
         q, k, v = self.project(x)
@@ -151,13 +161,20 @@ class TextLayer(nn.Module):
         source_lengths: Tensor | None = None,
         causal: bool = False,
         seed: int | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """x (R, T, C) -> (R, T, C)."""
-        attended = self.self_attention(x, lengths, causal, self.attention_dropout, mix(seed, 0))
+        """x (R, T, C) -> the same shape; with a packing x (M, C), whose tokens are rows of their own in cross-attention
+        (a token attends to the source alone), so that `index` is (M,)."""
+        if packing is not None:
+            attended = self.self_attention.packed(x, packing, causal, self.attention_dropout, mix(seed, 0))
+        else:
+            attended = self.self_attention(x, lengths, causal, self.attention_dropout, mix(seed, 0))
         x, _ = self.self_attention.norm.add(attended, x, self.dropout, mix(seed, 1))
         if source is not None:
             assert index is not None, "a cross-attention source comes with the rows' index into it"
-            read = self.cross_attention(x, source, index, source_lengths, self.attention_dropout, mix(seed, 2))
+            rows = x if packing is None else x[:, None]
+            read = self.cross_attention(rows, source, index, source_lengths, self.attention_dropout, mix(seed, 2))
+            read = read if packing is None else read[:, 0]
             x, _ = self.cross_attention.norm.add(read, x, self.dropout, mix(seed, 3))
         return self._mlp(x, seed)
 

@@ -90,9 +90,10 @@ class MissVQA(nn.Module):
         image_kv: list[KV],
         image_index: Tensor,
         seed: int | None = None,
+        padded: bool = False,
     ) -> Tensor:
-        """Questions (R, T) over their images -> states (R, T, C)."""
-        return self.encoder(question_ids, question_lengths, image_kv, image_index, seed)
+        """Questions (R, T) over their images -> states (R, T, C); `padded` computes those of padding, too."""
+        return self.encoder(question_ids, question_lengths, image_kv, image_index, seed, padded)
 
     def project_questions(self, states: Tensor) -> list[KV]:
         """Question states (R, T, C) -> the decoder's cross-attention K and V of every layer, (R, T, H, D)."""
@@ -112,10 +113,10 @@ class MissVQA(nn.Module):
         In `compat` behaviour the whole padded length counts as the question when the decoder looks at it, as in the
         original, whose answers therefore depend on what shares their batch.
         """
-        states = self.encode_questions(question_ids, question_lengths, self.project_images(image_tokens), image_index)
-        seen = question_lengths
-        if self.config.behaviour == "compat":
-            seen = torch.full_like(question_lengths, question_ids.shape[1])
+        compat = self.config.behaviour == "compat"
+        image_kv = self.project_images(image_tokens)
+        states = self.encode_questions(question_ids, question_lengths, image_kv, image_index, padded=compat)
+        seen = torch.full_like(question_lengths, question_ids.shape[1]) if compat else question_lengths
         cache.put_questions(slots, self.project_questions(states), seen)
 
     def decode(self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, questions: Tensor) -> Tensor:
