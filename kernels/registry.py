@@ -235,7 +235,7 @@ class Op:
 
     def why_not(self, impl: Impl, *args: Any) -> str | None:
         """Why `impl` cannot serve these arguments (device and dtype are the first tensor's); None where it can."""
-        first = _first_tensor(args)
+        first = args[0] if isinstance(args[0], Tensor) else _first_tensor(args)
         return _misfit(impl, first.device, first.dtype) or (impl.limits(*args) if impl.limits else None)
 
     def select(self, *args: Any) -> Impl:
@@ -245,7 +245,12 @@ class Op:
             NotImplementedError: none fits (or the forced one does not); the message gives each one's reason.
         """
         forced = _forced.get(self.name)
-        chosen = next((i for i in self.impls if forced in (None, i.name) and not self.why_not(i, *args)), None)
+        for impl in self.impls:
+            if (forced is None or forced == impl.name) and not self.why_not(impl, *args):
+                chosen = impl
+                break
+        else:
+            chosen = None
         for watcher in _watchers:
             watcher(self, args, chosen)
         if chosen is None:

@@ -40,7 +40,11 @@ def backward(
     valid = (labels != ignore_index).nonzero()[:, 0]
     rows = hidden[valid]
     parts = [F.linear(part, weight, bias) for part in rows.split(_part(weight))]
-    return _gradients(dloss, hidden, weight, rows, parts, labels[valid], lse[valid], valid, label_smoothing)
+    dhidden, dweight, dbias = _gradients(
+        dloss, hidden, weight, rows, parts, labels[valid], lse[valid], valid, label_smoothing
+    )
+    assert dweight is not None
+    return dhidden, dweight, dbias
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -114,23 +118,23 @@ def _gradients(
     valid: Tensor,
     label_smoothing: float,
     need_weight: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias) from the logits of the rows that count, given in parts."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dhidden, dweight, dbias) from the logits of the rows that count, given in parts (of no rows, one)."""
+    acc = accumulator(hidden.dtype)
     dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    # One part, the usual case, is its own sum; several are summed in float32.
-    dweight = torch.zeros(weight.shape, dtype=accumulator(weight.dtype), device=weight.device)
-    dbias = dweight.new_zeros(len(weight))
+    dweight, dbias = None, torch.zeros(len(weight), dtype=acc, device=weight.device)
     start = 0
     for logits in parts:
-        end = start + len(logits)
-        at = slice(start, end)
+        at = slice(start, start + len(logits))
         dz = _dlogits(logits, wanted[at], lse[at], dloss[valid[at]], label_smoothing)
         dhidden[valid[at]] = dz @ weight
-        if need_weight:
-            dweight += dz.T @ rows[at]
         dbias += dz.sum(0)
-        start = end
-    return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
+        if need_weight:
+            product = dz.T @ rows[at]
+            # One part, the usual case, is its own sum; several are summed in float32.
+            dweight = product if dweight is None else dweight.to(acc).add_(product)
+        start += len(logits)
+    return dhidden, None if dweight is None else dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 def _dlogits(logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, label_smoothing: float) -> Tensor:
