@@ -3,6 +3,8 @@
 Knows weights and the operations that apply them; does not know which layers are quantized, or why.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +29,13 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.packed = packed
         self.register_buffer("bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        """Takes the packed bytes along to another device; their dtypes are part of the packing and stay."""
+        super()._apply(fn, recurse)
+        if self.bias is not None:
+            self.packed = self.packed.to(self.bias.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return quant_linear(x, self.packed, self.bias)
