@@ -27,7 +27,7 @@ _PARTS = ("data", "scale", "zero", "layout")
 class Quantization:
     """What a config.json says about packed tensors.
 
-    shapes: of packed tensors that are no matrices (packed as their first dimension by the rest).
+    shapes: of packed tensors that are no matrices.
     parent: the SHA-256 of the tensors that were packed. report: how it was done and what it cost, for people.
     """
 
@@ -74,7 +74,7 @@ def unpack_tensors(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any
     state = {name: value.float() for name, value in tensors.items() if name not in parts}
     for name, weight in packed.items():
         shape = shapes.get(name, list(weight.shape))
-        if shape[:1] != [weight.shape[0]] or prod(shape[1:]) != weight.shape[1]:
+        if prod(shape) != prod(weight.shape):
             raise ValueError(f"{name}: packed as {list(weight.shape)}, stated to be {shape}")
         state[name] = unpack(weight).reshape(shape)
     return state
@@ -102,7 +102,7 @@ def linear_modules(model: nn.Module) -> dict[str, Linear]:
 
 
 def use_packed(model: MissVQA, packed: Mapping[str, PackedWeight]) -> MissVQA:
-    """Puts packed weights in place of the model's linear layers, for inference; tables and the rest stay as they are."""
+    """Puts packed weights in place of the model's linear layers, for inference; word tables stay as they are."""
     for name, module in linear_modules(model).items():
         if name not in packed:
             continue

@@ -8,6 +8,7 @@ as padding) count nothing, the others between half and ten times the average.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def collect(model: MissVQA, batches: Iterable[VQABatch], wanted: Callable[[str],
     handles = [layer.register_forward_hook(_watcher(moments[name])) for name, layer in layers.items()]
     for layer in layers.values():
         # The fused form does not go through the module's call, and so not through its hooks.
-        layer.gelu = lambda x, layer=layer: F.gelu(layer(x))  # type: ignore[method-assign]
+        layer.gelu = partial(_unfused_gelu, layer)  # type: ignore[method-assign]
     try:
         for batch in batches:
             model(batch).loss_per_row.sum().backward()
@@ -81,6 +82,10 @@ def collect(model: MissVQA, batches: Iterable[VQABatch], wanted: Callable[[str],
         for layer in layers.values():
             del layer.gelu
     return moments
+
+
+def _unfused_gelu(layer: Linear, x: Tensor) -> Tensor:
+    return F.gelu(layer(x))
 
 
 def _watcher(moments: Moments) -> Callable[[Linear, tuple[Tensor], Tensor], None]:
