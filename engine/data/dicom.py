@@ -32,7 +32,8 @@ MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 PERCENTILES = (0.5, 99.5)
 
 # Which of pydicom's decoding plugins may run, best first: permissive licences alone. pydicom's own order would take
-# pylibjpeg for the JPEG family, which there is pylibjpeg-libjpeg under the GPL.
+# pylibjpeg for the JPEG family, which there is pylibjpeg-libjpeg under the GPL (for JPEG 2000 it is not). RLE is
+# pydicom's own: pylibjpeg-rle panics on damaged data, past every `except Exception`.
 _JPEG, _LOSSLESS, _JPEGLS = ("pillow", "gdcm"), ("gdcm",), ("pyjpegls", "gdcm")
 _JPEG2000, _HTJ2K, _RLE = ("pylibjpeg", "pillow", "gdcm"), ("pylibjpeg",), ("pydicom",)
 PLUGINS = {

@@ -593,8 +593,12 @@ def test_a_missing_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.reason == Reason.MISSING_DECODER and "pyjpegls" in str(caught.value)
 
 
-def test_gpl_decoders_are_never_chosen() -> None:
-    """pydicom's plugin `pylibjpeg` means pylibjpeg-libjpeg (GPL-3.0) for JPEG and JPEG-LS."""
+def test_gpl_and_panicking_decoders_are_never_chosen() -> None:
+    """pydicom's plugin `pylibjpeg` means pylibjpeg-libjpeg (GPL-3.0) for JPEG and JPEG-LS.
+
+    For RLE it means pylibjpeg-rle, which panics on damaged data (a BaseException, with a trace on standard error).
+    """
+    assert dicom.PLUGINS["1.2.840.10008.1.2.5"] == ("pydicom",)
     for syntax, plugins in dicom.PLUGINS.items():
         if syntax.split(".")[-1] in ("50", "51", "57", "70", "80", "81"):
             assert "pylibjpeg" not in plugins
