@@ -184,7 +184,9 @@ class MissConfig:
             ConfigError: no preset of that name.
         """
         if name not in PRESETS:
-            raise ConfigError(f"no preset named {name!r}{did_you_mean(name, list(PRESETS))}; known: {', '.join(PRESETS)}")
+            raise ConfigError(
+                f"no preset named {name!r}{did_you_mean(name, list(PRESETS))}; known: {', '.join(PRESETS)}"
+            )
         return PRESETS[name]
 
     def to_dict(self) -> dict[str, Any]:
@@ -277,9 +279,7 @@ def _share(config: object, *names: str) -> None:
 
 
 _SMALL_TEXT = TextConfig(hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536, source_width=384)
-_LARGE_VISION = VisionConfig(
-    hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096, drop_path=0.1
-)
+_LARGE_VISION = VisionConfig(hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096, drop_path=0.1)
 PRESETS: dict[str, MissConfig] = {
     "small": MissConfig(
         # DINOv2 learned its positions on 37 x 37 patches (518 px).

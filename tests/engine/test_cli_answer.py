@@ -33,7 +33,16 @@ def lines(path):
 
 
 def test_json_is_one_object_a_question(checkpoint, images, capsys):
-    flags = ["--image", str(images[0]), "--question", "ct", "--question", "is there a mass?", "--checkpoint", checkpoint]
+    flags = [
+        "--image",
+        str(images[0]),
+        "--question",
+        "ct",
+        "--question",
+        "is there a mass?",
+        "--checkpoint",
+        checkpoint,
+    ]
     assert run(["answer", *flags, "--json"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(records) == 2 and all(KEYS <= set(r) for r in records)

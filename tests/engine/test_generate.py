@@ -17,11 +17,11 @@ NEW_TOKENS = 5
 
 
 def tiny_config(behaviour="correct") -> MissConfig:
-    text = TextConfig(
-        vocab_size=30, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, source_width=32
-    )
+    text = TextConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, source_width=32)
     return MissConfig(
-        vision=VisionConfig(image_size=16, patch_size=8, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48),
+        vision=VisionConfig(
+            image_size=16, patch_size=8, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48
+        ),
         encoder=text,
         decoder=text,
         preprocess=PreprocessConfig(image_size=16, rescale_factor=1 / 64),
