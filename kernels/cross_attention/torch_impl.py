@@ -212,7 +212,7 @@ class Absorbed:
         self.groups = _groups(self.q, self.k, image_index)
 
     def attend(self, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
-        """(P x (R, T, H, C), the sums of P (R, T, H, 1) or None where they are 1)."""
+        """(P x (R, T, H, C), the sums of P (R, T, H or 1, 1); None where they are 1)."""
         mixed = attend_rows(self.q, self.k, self.v, self.groups, lengths, scale, self.keep)
         mixed = mixed[:, :, 0].unflatten(1, self.shape)
         if self.keep is not None:
@@ -220,7 +220,7 @@ class Absorbed:
         if lengths is None:
             return mixed, None
         some = (lengths > 0).index_select(0, self.groups.index).to(mixed.dtype)
-        return mixed, some.view(-1, 1, 1, 1)
+        return mixed, some.view(-1, 1, 1, 1).expand(-1, self.shape[0], 1, 1)
 
 
 def tokens_forward(
@@ -235,13 +235,14 @@ def tokens_forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, None]:
-    heads = q.shape[2]
+    rows, queries, heads, _ = q.shape
     mixed, sums = Absorbed(q, x, w_k, image_index, dropout_p, seed).attend(lengths, scale)
-    out = _by_head(mixed, w_v.unflatten(0, (heads, -1)).transpose(1, 2))
+    weight = w_v.unflatten(0, (heads, -1)).transpose(1, 2)
     if b_v is None:
-        return out, None
-    bias = b_v.unflatten(0, (heads, -1))
-    return out + (bias if sums is None else sums * bias), None
+        return _by_head(mixed, weight), None
+    bias = b_v.unflatten(0, (heads, -1))  # added inside the product, which rounds once
+    added = bias[:, None] if sums is None else _heads_first(sums * bias)
+    return torch.baddbmm(added, _heads_first(mixed), weight).transpose(0, 1).unflatten(0, (rows, queries)), None
 
 
 def tokens_backward(

@@ -1,0 +1,122 @@
+"""Decode attention against the slot cache: the error rule, slots in any order, what is not read."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from miss.kernels.attention import attention
+from miss.kernels.decode_attention import decode_attention, op
+from tests.helpers import assert_as_good_as, route
+
+ROUTES = ["torch", "reference", "custom"]
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def plain(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: list[int], lengths: list[int]) -> Tensor:
+    """Row by row over exactly its valid positions, in the dtype of its inputs."""
+    out = torch.zeros_like(q)
+    for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        if length:
+            scores = torch.einsum("hd,nhd->hn", q[row], k_cache[slot, :length]) / q.shape[-1] ** 0.5
+            out[row] = torch.einsum("hn,nhd->hd", torch.softmax(scores, -1), v_cache[slot, :length])
+    return out
+
+
+def check(
+    way: str, dtype: torch.dtype, slots: list[int], lengths: list[int], shape: tuple[int, ...], slack: float = 2.0
+) -> None:
+    torch.manual_seed(0)
+    num_slots, length, heads, width = shape
+    q = torch.randn(len(slots), 3, heads, width)[:, 1].to(dtype)  # a view of the packed projection
+    cache = torch.randn(2, num_slots, length, heads, width).to(dtype)
+    with route(way, op.FORWARD):
+        got = decode_attention(q, cache[0], cache[1], int32(slots), int32(lengths))
+    assert got.dtype == dtype
+    low, exact = (plain(q.to(t), *cache.to(t), slots, lengths) for t in (dtype, torch.float64))
+    assert_as_good_as(got, low, exact, slack)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ROUTES)
+@pytest.mark.parametrize("shape", [(9, 7, 2, 32), (5, 40, 3, 64), (5, 101, 2, 32)], ids=str)
+def test_error_rule(shape: tuple[int, ...], way: str, dtype: torch.dtype) -> None:
+    longest = shape[1]
+    for slots, lengths in (
+        ([1, 2, 3], [longest, 1, longest // 2]),  # neighbours
+        ([4, 0, 4, 2], [3, longest, 5, 2]),  # any order, one slot twice
+        ([3], [1]),
+    ):
+        check(way, dtype, slots, lengths, shape, slack=3.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_slots_and_lengths(data: st.DataObject) -> None:
+    num_slots, length = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 80))
+    rows = data.draw(st.lists(st.tuples(st.integers(0, num_slots - 1), st.integers(0, length)), max_size=6))
+    slots, lengths = [r[0] for r in rows], [r[1] for r in rows]
+    check(data.draw(st.sampled_from(ROUTES)), torch.float32, slots, lengths, (num_slots, length, 2, 32), slack=3.0)
+
+
+@pytest.mark.parametrize("way", ROUTES)
+def test_what_is_not_valid_is_not_read(way: str) -> None:
+    q, cache = torch.randn(2, 2, 32), torch.randn(2, 4, 9, 2, 32)
+    slots, lengths = int32([2, 0]), int32([3, 5])
+    with route(way, op.FORWARD):
+        before = decode_attention(q, cache[0], cache[1], slots, lengths)
+        cache[:, 2, 3:], cache[:, 0, 5:], cache[:, 1] = 1e4, -1e4, 7.0
+        assert torch.equal(before, decode_attention(q, cache[0], cache[1], slots, lengths))
+        assert not decode_attention(q, cache[0], cache[1], slots, int32([0, 0])).any()
+
+
+@pytest.mark.parametrize("way", ROUTES)
+def test_a_row_does_not_depend_on_its_batch(way: str) -> None:
+    q, cache = torch.randn(5, 2, 32), torch.randn(2, 5, 70, 2, 32)
+    slots, lengths = int32([4, 1, 0, 2, 3]), int32([70, 2, 9, 1, 33])
+    with route(way, op.FORWARD):
+        together = decode_attention(q, cache[0], cache[1], slots, lengths)
+        for row in range(5):
+            one = slice(row, row + 1)
+            alone = decode_attention(q[one], cache[0], cache[1], slots[one], lengths[one])
+            assert_close(together[one], alone, atol=1e-6, rtol=1e-6)
+
+
+def test_steps_equal_causal_attention() -> None:
+    q, k, v = torch.randn(2, 6, 3, 2, 32).unbind(2)
+    expected = attention(q, k, v, causal=True)
+    for step in range(6):
+        got = decode_attention(q[:, step], k, v, int32([0, 1]), int32([step + 1] * 2))
+        assert_close(got, expected[:, step], atol=1e-6, rtol=1e-5)
+
+
+def test_opcheck_and_compile() -> None:
+    q, cache = torch.randn(3, 2, 32), torch.randn(2, 5, 7, 2, 32)
+    args = (q, cache[0], cache[1], int32([4, 0, 1]), int32([7, 0, 3]))
+    torch.library.opcheck(op._forward, (*args, 0.2))
+    assert_close(torch.compile(decode_attention, fullgraph=True, backend="aot_eager")(*args), decode_attention(*args))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ROUTES)
+def test_autocast_leaves_the_cache_alone(way: str, cache_dtype: torch.dtype) -> None:
+    q, cache = torch.randn(3, 2, 32), torch.randn(2, 5, 7, 2, 32)
+    slots, lengths = [4, 0, 1], [7, 2, 3]
+    with route(way, op.FORWARD), torch.autocast("cpu", torch.bfloat16):
+        got = decode_attention(q, cache[0].to(cache_dtype), cache[1].to(cache_dtype), int32(slots), int32(lengths))
+    assert got.dtype == cache_dtype
+    assert_close(got.float(), plain(q, cache[0], cache[1], slots, lengths), atol=5e-2, rtol=5e-2)
+
+
+def test_errors_say_what_was_wanted() -> None:
+    q, cache, two = torch.randn(2, 2, 32), torch.randn(3, 5, 2, 32), int32([0, 1])
+    for wrong in (cache[..., :8], cache[0]):
+        with pytest.raises(ValueError, match=r"wanted \(R, H, D\)"):
+            decode_attention(q, wrong, wrong, two, two)
+    with pytest.raises(ValueError, match=r"wanted \(2,\)"):
+        decode_attention(q, cache, cache, two[:1], two)
