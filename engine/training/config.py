@@ -271,6 +271,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing: got {self.label_smoothing!r}; wanted 0 <= label_smoothing < 1")
+        if self.train_vision and self.augment.keep_tokens < 1:
+            raise ConfigError("augment.keep_tokens drops cached tokens; with train_vision there are none: set it to 1")
         if self.train_vision and self.standardise_features:
             raise ConfigError(
                 "standardise_features folds statistics of a frozen image encoder; set train_vision or it to false"

@@ -88,7 +88,7 @@ def decode_all(
             try:
                 out[i] = torch.from_numpy(np.ascontiguousarray(decode(images[i])))
             except ValueError as error:
-                failures.append(str(error))
+                failures.append(f"{images[i].name if isinstance(images[i], Path) else images[i]}: {error}")
 
         with ThreadPoolExecutor(workers) as pool:
             list(tqdm(pool.map(one, range(len(images))), total=len(images), desc="decoding images", disable=None))

@@ -128,10 +128,9 @@ def prepare(
     train_groups, validation_groups = mix_train[:most_images], mix_validation[:most_images]
     rows = [tokenise(groups, processor) for groups in (train_groups, validation_groups)]
     cache = Path(config.data.cache) if config.data.cache else output / "cache"
-    pixels = [
-        pixel_store(train_groups, config, processor, cache, augmented=True),
-        pixel_store(validation_groups, config, processor, cache, augmented=False),
-    ]
+    pixels = [pixel_store(train_groups, config, processor, cache, augmented=True)]
+    if validation_groups:
+        pixels.append(pixel_store(validation_groups, config, processor, cache, augmented=False))
 
     def key() -> str:
         return digest(weights_digest(model.vision), processor.fingerprint, config.bf16, device.type)
@@ -144,20 +143,14 @@ def prepare(
         copies = [[group.copies for group in train_groups], [1] * len(validation_groups)]
         stores = [
             FeatureStore.build(
-                encoder(model, config, device),
-                key(),
-                store,
-                count,
-                features_dtype(config),
-                cache,
-                keep=keep,
+                encoder(model, config, device), key(), store, count, features_dtype(config), cache, keep=keep
             )
-            for store, count, keep in zip(pixels, copies, (config.augment.keep_tokens, 1.0), strict=True)
+            for store, count, keep in zip(pixels, copies, (config.augment.keep_tokens, 1.0), strict=False)
         ]
     train = Questions(train_groups, rows[0], stores[0])
     if config.answer_prior and resume is None:
         set_answer_prior(model, train)
-    validation = Questions(validation_groups, rows[1], stores[1])
+    validation = Questions(validation_groups, rows[1], stores[-1])
     loader = make_loader(config, train, device)
     trainer = Trainer(
         model,

@@ -183,7 +183,7 @@ class Trainer:
             seed = hash64(config.seed, _DROPOUT, index, number) >> 1
             with self._autocast():
                 if batch.image_tokens is not None and not config.bf16:
-                    batch.image_tokens = batch.image_tokens.float()
+                    batch.image_tokens = batch.image_tokens.to(next(self.model.parameters()).dtype)
                 output = self.model(batch, config.label_smoothing, seed)
                 loss = output.loss_per_row.sum() / work.num_rows
             self.engine.backward(loss, number == len(work.parts) - 1)

@@ -96,6 +96,7 @@ def test_config_round_trips_and_is_frozen():
         ({"schedule": {"total_steps": 5, "warmup_steps": 5}}, "wanted less than total_steps"),
         ({"schedule": {"total_steps": "many"}}, "wanted int"),
         ({"train_vision": True, "standardise_features": True}, "standardise_features"),
+        ({"train_vision": True, "augment": {"keep_tokens": 0.5}}, "keep_tokens"),
         ({"data": {"accumulation": 50}}, "at most data.images_per_step"),
         ({"data": {"train": []}}, "at least one"),
         ({"data": 3}, "wanted a mapping"),

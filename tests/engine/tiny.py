@@ -95,9 +95,7 @@ def tiny_trainer(config, output, *, dropout=0.0, seed=0, store=None, rows=None, 
     model = tiny_model(dropout, seed)
     freeze(model, config.optimizer, config.train_vision)
     data = config.data
-    sampler = GroupedSampler(
-        [len(r) for r in rows], None, data.images_per_step, data.questions_per_image, config.seed
-    )
+    sampler = GroupedSampler([len(r) for r in rows], None, data.images_per_step, data.questions_per_image, config.seed)
     store = store or RandomTokens(len(rows))
     loader = GroupedLoader(sampler, rows, store, data.accumulation, data.prefetch)
     return Trainer(
