@@ -120,7 +120,8 @@ def test_any_shape_lengths_and_order_of_strides(data: st.DataObject) -> None:
             lambda q, k, v: plain(q, k, v, lengths, causal, dropout_p),
             [q, k, v],
             dtype,
-            slack=3.0,  # a maximum over a handful of numbers is a noisy yardstick
+            # A maximum over as few as 5 numbers is a noisy yardstick, above all where they carry 8 bits.
+            slack=4.0 if dtype == torch.float32 else 10.0,
         )
 
 

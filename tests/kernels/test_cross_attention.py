@@ -252,6 +252,32 @@ def test_dropout_does_not_depend_on_the_form_of_the_groups(form: str) -> None:
     assert_close(looped, padded, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["gathered", "looped", "padded"])
+def test_every_form_of_groups(form: str) -> None:
+    """`gathered` is what CUDA takes, where the host may not read the index: the same arithmetic on any device."""
+    torch.manual_seed(0)
+    index, lengths = index_of([3, 0, 2]), int32([9, 4, 6])
+    q, dout = torch.randn(2, 5, 4, 2, 32, dtype=torch.float64)
+    k, v = torch.randn(2, 3, 9, 2, 32, dtype=torch.float64)
+    keep = (torch.rand(5, 2, 4, 9) > 0.2).double() / 0.8
+    groups = torch_impl.Groups(index, 3, 0 if form == "padded" else 1 << 40)
+    if form == "gathered":
+        groups.form = form
+    assert groups.form == form
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = torch_impl.attend_rows(*leaves, groups, lengths, 32**-0.5, keep)
+    grads = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    explicit = torch_impl.attend_rows_backward(dout, *(t.detach() for t in leaves), groups, lengths, 32**-0.5, keep)
+    assert_close(explicit, grads)
+    p = torch.softmax(
+        (torch.einsum("rthd,rnhd->rhtn", q, k[index]) * 32**-0.5).masked_fill(
+            torch.arange(9) >= lengths[index].view(-1, 1, 1, 1), float("-inf")
+        ),
+        -1,
+    )
+    assert_close(out, torch.einsum("rhtn,rnhd->rthd", p * keep, v[index]))
+
+
 @pytest.mark.parametrize("form", CASES)
 def test_explicit_gradient_against_finite_differences(form: str) -> None:
     torch.manual_seed(0)
