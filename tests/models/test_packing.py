@@ -39,7 +39,8 @@ def test_a_row_of_no_tokens_is_not_packed():
 def test_the_model_is_the_same_without_padding(monkeypatch, dropout):
     """With dropout the masks differ, as they depend on the shape: there both must only be finite and repeatable."""
     config = small_config()
-    text = [dataclasses.replace(t, dropout=dropout, attention_dropout=dropout) for t in (config.encoder, config.decoder)]
+    rates = {"dropout": dropout, "attention_dropout": dropout}
+    text = [dataclasses.replace(t, **rates) for t in (config.encoder, config.decoder)]
     torch.manual_seed(0)
     model = MissVQA(dataclasses.replace(config, encoder=text[0], decoder=text[1])).double()
     batch = inputs(config, 40, torch.float64)
