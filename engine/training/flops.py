@@ -7,6 +7,7 @@ multiply-add: padding inside a batch counts, recomputation does not, element-wis
 import time
 
 import torch
+from torch import Tensor
 
 from miss.models.config import MissConfig, TextConfig
 from miss.models.vqa import VQABatch
@@ -21,23 +22,25 @@ def vision_flops(config: MissConfig, num_images: int, num_tokens: int) -> float:
     return float(num_images * (patches + v.num_layers * per_layer))
 
 
-def text_flops(config: TextConfig, rows: int, length: int, keys: int) -> float:
-    """Forward FLOPs of a text tower without its stacked K/V projection; `keys` are what each row cross-attends to."""
+def text_flops(config: TextConfig, lengths: Tensor, keys: Tensor | int) -> float:
+    """Forward FLOPs of a text tower without its stacked K/V projection, padding not counted: rows of `lengths` (R,)
+    tokens, each of which cross-attends to `keys` (R,)."""
     c, f = config.hidden_size, config.intermediate_size
-    per_layer = 2 * length * (6 * c * c + 2 * c * f) + 4 * length * (length + keys) * c
-    return float(rows * config.num_layers * per_layer)
+    tokens = lengths.double()
+    per_layer = 2 * tokens * (6 * c * c + 2 * c * f) + 4 * tokens * (tokens + keys) * c
+    return float(config.num_layers * per_layer.sum())
 
 
 def training_flops(
     config: MissConfig, batch: VQABatch, num_answer_tokens: int, train_vision: bool, train_words: bool
 ) -> float:
-    """Forward and backward FLOPs of a batch whose head sees `num_answer_tokens` tokens.
+    """Forward and backward FLOPs of a batch whose head sees `num_answer_tokens` tokens, padding not counted.
 
     A trained product costs three times its forward (values, gradient of the input, gradient of the weight), one over
     cached image tokens or with a frozen word table twice, a frozen image encoder nothing.
     """
-    rows, question = batch.question_ids.shape
-    answer = batch.answer_ids.shape[1] - 1
+    rows, padded = batch.question_ids.shape
+    question, answer = batch.question_lengths.cpu(), batch.answer_lengths.cpu() - 1
     if batch.image_tokens is not None:
         images, tokens = batch.image_tokens.shape[:2]
         total = 0.0
@@ -48,10 +51,10 @@ def training_flops(
         total = vision_flops(config, images, tokens) * (3 if train_vision else 1)
     e, d = config.encoder, config.decoder
     image_kv = 2.0 * images * tokens * e.source_width * 2 * e.num_layers * e.hidden_size
-    question_kv = 2.0 * rows * question * d.source_width * 2 * d.num_layers * d.hidden_size
+    question_kv = 2.0 * rows * padded * d.source_width * 2 * d.num_layers * d.hidden_size
     head = 2.0 * num_answer_tokens * d.hidden_size**2
     words = 2.0 * num_answer_tokens * d.hidden_size * d.vocab_size
-    text = text_flops(e, rows, question, tokens) + text_flops(d, rows, answer, question)
+    text = text_flops(e, question, tokens) + text_flops(d, answer, question)
     total += image_kv * (3 if train_vision else 2) + words * (3 if train_words else 2)
     return total + 3 * (text + question_kv + head)
 

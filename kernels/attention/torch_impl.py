@@ -170,7 +170,9 @@ class Padding:
             return
         self.lengths = offsets.diff()
         steps = torch.arange(max_length, device=offsets.device)
-        self.source = (offsets[:-1, None] + steps).clamp_(max=total - 1).flatten()
+        # A row is padded with its own last token: another row's may be NaN, and masked values are multiplied by zero.
+        inside = torch.minimum(steps, (self.lengths[:, None] - 1).clamp(min=0))
+        self.source = (offsets[:-1, None] + inside).clamp_(max=total - 1).flatten()
         rows = torch.arange(total, device=offsets.device)
         sequence = torch.searchsorted(offsets[1:].to(torch.int64), rows, right=True)
         self.place = sequence * max_length + rows - offsets[sequence]
