@@ -22,30 +22,29 @@ def pack_int4_compensated(weight: Tensor, hessian: Tensor, group: int, symmetric
         hessian: float (K, K), the mean of x x^T over the layer's inputs.
         group: columns that share a scale.
     """
-    w = weight.detach().float().clone()
-    columns = w.shape[1]
+    # Transposed, so that the columns that are rounded one after another lie together in memory.
+    w = weight.detach().float().T.contiguous()
     factor = inverse_factor(hessian)
     importance = hessian.diagonal().float().clamp_min(0)
     codes = torch.empty_like(w)
     scales, zeros = [], []
-    for start in range(0, columns, group):
-        end = min(start + group, columns)
-        block = w[:, start:end]
-        fitted = pack_int4(block, group, symmetric, importance=importance[start:end])
+    for start in range(0, len(w), group):
+        end = min(start + group, len(w))
+        block = w[start:end]
+        fitted = pack_int4(block.T, group, symmetric, importance=importance[start:end])
         scale = fitted.scale.float()[:, 0]
         zero = torch.full_like(scale, 8) if fitted.zero is None else fitted.zero.float()[:, 0]
         errors = torch.empty_like(block)
         for j in range(end - start):
             column = start + j
-            code = torch.round(block[:, j] / scale + zero).clamp_(0, 15)
-            error = (block[:, j] - (code - zero) * scale) / factor[column, column]
-            block[:, j:] -= error[:, None] * factor[column, column:end]
-            codes[:, column], errors[:, j] = code, error
-        w[:, end:] -= errors @ factor[start:end, end:]
+            torch.round(block[j] / scale + zero, out=codes[column]).clamp_(0, 15)
+            errors[j] = (block[j] - (codes[column] - zero) * scale) / factor[column, column]
+            block[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
         scales.append(scale)
         zeros.append(zero)
     zero_points = None if symmetric else torch.stack(zeros, 1)
-    return pack_codes(codes, torch.stack(scales, 1), zero_points, group)
+    return pack_codes(codes.T, torch.stack(scales, 1), zero_points, group)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from miss.models.weights import digest, saved_state
 Scheme = Literal["int8", "int4", "small-mixed"]
 SCHEMES = ("int8", "int4", "small-mixed")
 FORMS = ("int4-128", "int4-64", "int4-32", "int8")  # from the smallest to the most exact
+TOWERS = ("vision.", "encoder.", "decoder.")  # in the order in which they run
 WORDS = "embeddings.word.weight"
 _HALF_LARGEST = 65504.0
 _SAMPLED_ROWS = 48  # of a matrix, that its forms are compared on
@@ -94,12 +95,18 @@ def quantize(
     packed = dict(tables)
     for name, table in tables.items():
         _install(model, name, table)
-    for stage in _stages(names):
-        fresh = _moments(model, batches, stage) if batches and options.compensate else {}
+    seen = batches
+    for tower in TOWERS:
+        stage = [name for name in names if name.startswith(tower)]
+        fresh = moments
+        if batches and options.compensate and tower != TOWERS[0]:
+            # A later tower is calibrated on what the packed earlier ones give it.
+            seen = encoded(model, seen)
+            fresh = _moments(model, seen, stage)
         for name in stage:
-            packed[name] = _pack(original[name], forms[name], fresh.get(name) or moments.get(name), options)
+            packed[name] = _pack(original[name], forms[name], fresh.get(name), options)
             bias = name.removesuffix("weight") + "bias"
-            if name in fresh and bias in rest:
+            if name in fresh and bias in rest and options.compensate:
                 rest[bias] = _plain(
                     corrected_bias(original[bias], original[name], packed[name], fresh[name]), options.scheme
                 )
@@ -178,10 +185,15 @@ def _moments(model: MissVQA, batches: Sequence[VQABatch], names: Sequence[str] |
     return collect(model, batches, lambda name: wanted is None or name in wanted)
 
 
-def _stages(names: Sequence[str]) -> list[list[str]]:
-    """Tower by tower, so that a later tower is calibrated on what the packed earlier ones give it."""
-    towers = ("vision.", "encoder.", "decoder.")
-    return [[name for name in names if name.startswith(tower)] for tower in towers]
+def encoded(model: MissVQA, batches: Sequence[VQABatch]) -> list[VQABatch]:
+    """The batches with image tokens in place of pixels."""
+    result = []
+    with torch.no_grad():
+        for batch in batches:
+            if batch.pixels is not None:
+                batch = replace(batch, pixels=None, image_tokens=model.encode_images(batch.pixels))
+            result.append(batch)
+    return result
 
 
 @dataclass
