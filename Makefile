@@ -36,8 +36,9 @@ answer: $(VENV)/.answer
 	@$(RUN) miss answer --image examples/chest-xray.jpg --question "what modality is this image?" --question "is there a fracture?" --question "which organ is shown?"
 	@$(RUN) miss answer --image examples/brain-mri.jpg --question "what modality is used to take this image?" --question "which part of the body is this?" --question "is this image normal?"
 
+# Two processes of one thread each: the tests' tensors are too small for two threads to share.
 test: $(VENV)/.setup
-	@$(RUN) pytest -q
+	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/.setup
 	@$(RUN) ruff format --check . && $(RUN) ruff check . && $(RUN) mypy
@@ -47,7 +48,7 @@ parity: $(VENV)/.setup
 	@$(RUN) pytest -q tests/models/test_parity.py --full-size
 
 torture: $(VENV)/.setup
-	@$(RUN) pytest -q -m torture
+	@OMP_NUM_THREADS=1 $(RUN) pytest -q -m torture
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
