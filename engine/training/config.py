@@ -238,6 +238,7 @@ class TrainConfig:
 
     `train_vision: false` encodes every image once and trains on the cached tokens. `standardise_features` then folds
     the channels' mean and deviation over the training tokens into the image encoder's last norm before training.
+    `engine: zero` drives the updates through DeepSpeed's ZeRO of `zero_stage` 1 or 2, in one process.
     `features_dtype: auto` caches bfloat16 under `bf16`, else float16.
     `answer_prior` starts the head's bias at the log-frequency of the training answers' tokens: AdamW alone takes some
     hundred steps to move a bias by the several nats that separate a fresh head from it.
@@ -248,6 +249,7 @@ class TrainConfig:
     device: str = "auto"
     bf16: bool = True
     engine: Literal["plain", "zero"] = "plain"
+    zero_stage: int = 2
     deterministic: bool = False
     train_vision: bool = False
     standardise_features: bool = False
@@ -269,6 +271,8 @@ class TrainConfig:
             accepted = get_args(get_type_hints(TrainConfig)[name])
             if getattr(self, name) not in accepted:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+        if self.zero_stage not in (1, 2):
+            raise ConfigError(f"zero_stage: got {self.zero_stage!r}; accepted: 1, 2")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing: got {self.label_smoothing!r}; wanted 0 <= label_smoothing < 1")
         if self.train_vision and self.augment.keep_tokens < 1:

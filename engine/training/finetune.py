@@ -343,6 +343,10 @@ def make_loader(config: TrainConfig, train: Questions, device: torch.device) -> 
 
 
 def make_engine(config: TrainConfig, model: MissVQA) -> Engine:
+    if config.engine == "zero":
+        from miss.engine.training.zero import ZeroEngine
+
+        return ZeroEngine(model, config.optimizer, config.data.accumulation, config.zero_stage)
     return PlainEngine(model, config.optimizer)
 
 

@@ -43,7 +43,7 @@ Validate = Callable[[nn.Module], dict[str, float]]
 Export = Callable[[Path], None]
 
 # What a resumed run may say differently: none of it changes a step.
-_FREE = ("device", "engine", "checkpoint", "validation", "log", "init")
+_FREE = ("device", "checkpoint", "validation", "log", "init")
 _FREE_DATA = ("root", "cache", "prefetch", "workers")
 
 
