@@ -27,6 +27,7 @@ from miss.engine.training.features import (
 )
 from miss.engine.training.log import read_log
 from miss.engine.training.plain import PlainEngine
+from miss.engine.training.state import seed_everything
 from miss.engine.training.trainer import NotFinite, Stopped
 from tests.engine.tiny import RandomPixels, RandomTokens, tiny_model, tiny_rows, tiny_train_config, tiny_trainer
 
@@ -386,45 +387,64 @@ def test_pixel_batches_are_augmented_by_visit():
 
 # ---- kill -9 while training ----
 
+# Imports once; for each folder on its standard input forks a process that goes on with the run in it.
 CHILD = """
-import sys
+import os, sys
 from pathlib import Path
-from tests.engine.test_trainer import KILLED, fake_accuracy
-from tests.engine.tiny import tiny_train_config, tiny_trainer
-from miss.engine.training.checkpoint import CheckpointStore
-from miss.engine.training.state import seed_everything
-output = Path(sys.argv[1])
-seed_everything(0)
-trainer = tiny_trainer(tiny_train_config(**KILLED), output, dropout=0.2, validate=fake_accuracy)
-store = CheckpointStore(output / "checkpoints")
-store.clean()
-newest = store.newest()
-if newest:
-    trainer.resume(newest)
-print("ready", flush=True)
-trainer.fit()
+from tests.engine.test_trainer import go_on
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        steps, folder = line.strip().split(maxsplit=1)
+        go_on(Path(folder), int(steps))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 KILLED = {
     **EVERYTHING,
-    "schedule": {"total_steps": 30},
     "checkpoint": {"every": 1},
     "validation": {"every": 7},
     "log": {"every": 100},
 }
 
 
+def go_on(output, steps):
+    seed_everything(0)
+    config = tiny_train_config(**KILLED, schedule={"total_steps": steps})
+    trainer = tiny_trainer(config, output, dropout=0.2, validate=fake_accuracy)
+    store = CheckpointStore(output / "checkpoints")
+    store.clean()
+    newest = store.newest()
+    if newest:
+        trainer.resume(newest)
+    trainer.fit()
+
+
 def kill_while_training(tmp_path, rng, kills):
     """A run that is killed again and again ends bit for bit as one that never was."""
-    command = [sys.executable, "-c", CHILD]
-    for kill in range(kills + 1):
-        child = subprocess.Popen([*command, str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
-        if kill < kills:
-            time.sleep(rng.uniform(0.1, 0.6))
-            child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert child.returncode == 0
-    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", CHILD], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdin is not None and parent.stdout is not None
+
+    def start(name):
+        parent.stdin.write(f"{25 + 5 * kills} {tmp_path / name}\n")
+        parent.stdin.flush()
+        return int(parent.stdout.readline())
+
+    num_killed = 0
+    for _ in range(kills):
+        child = start("killed")
+        time.sleep(rng.uniform(0.05, 0.5))
+        os.kill(child, signal.SIGKILL)
+        num_killed += int(parent.stdout.readline()) == signal.SIGKILL
+    for name in ("killed", "whole"):
+        start(name)
+        assert int(parent.stdout.readline()) == 0
+    parent.stdin.close()
+    parent.wait()
+    assert num_killed == kills, "the run was over before it could be killed: give it more steps"
     assert_same_state(tmp_path / "whole", tmp_path / "killed")
 
 
