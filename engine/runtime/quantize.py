@@ -152,19 +152,21 @@ def agreement(parent: MissVQA, child: MissVQA, batches: Sequence[VQABatch]) -> d
     same, rows, losses = 0, 0, [0.0, 0.0]
     with torch.inference_mode():
         for batch in batches:
-            answers = [_most_likely(model, batch) for model in (parent, child)]
+            answers = []
+            for i, model in enumerate((parent, child)):
+                (seen,) = encoded(model, [batch])
+                answers.append(_most_likely(model, seen))
+                losses[i] += float(model(seen).loss_per_row.sum())
             real = torch.arange(answers[0].shape[1])[None] < (batch.answer_lengths - 1)[:, None]
             same += int(((answers[0] == answers[1]) | ~real).all(1).sum())
             rows += len(real)
-            for i, model in enumerate((parent, child)):
-                losses[i] += float(model(batch).loss_per_row.sum())
     rows = max(rows, 1)
     return {"rows": rows, "same_tokens": same / rows, "parent_loss": losses[0] / rows, "loss": losses[1] / rows}
 
 
 def _most_likely(model: MissVQA, batch: VQABatch) -> Tensor:
     """The most likely next token at every place of the answers: int64 (R, A - 1)."""
-    tokens = batch.image_tokens if batch.pixels is None else model.encode_images(batch.pixels)
+    tokens = batch.image_tokens
     assert tokens is not None
     states = model.encode_questions(
         batch.question_ids, batch.question_lengths, model.project_images(tokens), batch.image_index

@@ -68,7 +68,7 @@ def main(args: Args) -> int:
     card = (args.src / CARD).read_text(encoding="utf-8") if (args.src / CARD).is_file() else None
     reserve = _other_bytes(args) + _HEADER * 3 * len(model.state_dict())
     options = Options(args.scheme, args.budget - reserve, args.max_positions, args.compensate)
-    with tqdm(total=len(linear_modules(model)), desc="layers", disable=None) as bar:
+    with tqdm(total=len(linear_modules(model)), desc="calibrate, then pack layers", disable=None) as bar:
         packed = quantize(model, options, batches, lambda layer: bar.update())
     if batches and args.check_split:
         packed = _checked(args, packed, model)
