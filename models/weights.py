@@ -111,6 +111,19 @@ def write_checkpoint(
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
         save_file(plain, temporary / WEIGHTS, metadata)
+        _sort_metadata(temporary / WEIGHTS)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts a file's metadata in order: the library writes it in another one each time, so that copies would differ."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same header in another order is as long, but for the spaces at its end"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def config_files(config: MissConfig, quantization: Mapping[str, Any] | None = None) -> dict[str, bytes]:

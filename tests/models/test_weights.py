@@ -70,6 +70,12 @@ class TestFolder:
         assert report.digest == digest(saved_state(model))
         assert not model.training
 
+    def test_the_same_model_makes_the_same_files(self, saved: Path, tmp_path: Path) -> None:
+        for i in range(4):
+            save_checkpoint(load_checkpoint(saved)[0], tmp_path / f"copy{i}")
+            for name in FILES:
+                assert (tmp_path / f"copy{i}" / name).read_bytes() == (saved / name).read_bytes(), name
+
     def test_a_shared_table_is_saved_once_and_stays_shared(self, saved: Path) -> None:
         assert not any(name.startswith("decoder.embeddings") for name in load_file(saved / "model.safetensors"))
         model, _ = load_checkpoint(saved)
