@@ -14,13 +14,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -28,24 +25,13 @@ from miss.models.card import default_card
 from miss.models.config import ConfigError, GenerationConfig, MissConfig, PreprocessConfig, from_dict
 from miss.models.files import atomic_folder
 from miss.models.fitting import CheckpointError, LoadReport, fit
+from miss.models.tensor_file import digest, read_tensors, unshared, write_tensors
 from miss.models.vqa import MissVQA
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 PREPROCESSOR, GENERATION, CARD = "preprocessor_config.json", "generation_config.json", "README.md"
 SEALED = (CONFIG, PREPROCESSOR, TOKENIZER)  # files whose digests stand in the header of the weights
 MODEL_TYPE = "miss"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # as the file format calls them
 
 
 class HasText(Protocol):
@@ -110,20 +96,7 @@ def write_checkpoint(
     with atomic_folder(folder) as temporary:
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
-        save_file(plain, temporary / WEIGHTS, metadata)
-        _sort_metadata(temporary / WEIGHTS)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Puts a file's metadata in order: the library writes it in another one each time, so that copies would differ."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= size, "the same header in another order is as long, but for the spaces at its end"
-        file.seek(8)
-        file.write(text.ljust(size))
+        write_tensors(plain, temporary / WEIGHTS, metadata)
 
 
 def config_files(config: MissConfig, quantization: Mapping[str, Any] | None = None) -> dict[str, bytes]:
@@ -256,66 +229,6 @@ def build(
 def model_shapes(config: MissConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds, and its shape."""
     return _shapes(_empty_model(config))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of a safetensors file, in memory of its own, and the file's metadata.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, or not a safetensors file.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; a checkpoint folder holds its tensors in {WEIGHTS}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            empty = {name: torch.empty(s.get_shape(), dtype=_DTYPES[s.get_dtype()]) for name, s in slices.items()}
-            metadata = file.metadata() or {}
-        # Read, not mapped: the file may be overwritten while the model lives, mapped tensors are aligned to 8 bytes
-        # only, and reading is twice as fast. The library has checked that the tensors lie side by side to the end.
-        with path.open("rb", buffering=0) as raw:
-            raw.seek(-sum(tensor.nbytes for tensor in empty.values()), os.SEEK_END)
-            for name, tensor in empty.items():
-                _fill(tensor, raw, f"{path}: truncated while it was read, at {name}")
-        return empty, metadata
-    except (SafetensorError, KeyError) as error:
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path}: truncated, altered or not a safetensors file ({size} bytes; {error}): copy or convert it again"
-        ) from None
-
-
-def _fill(tensor: Tensor, file: FileIO, message: str) -> None:
-    """Reads a tensor's bytes from a file's position on."""
-    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    while len(left):
-        size = file.readinto(left)
-        if not size:
-            raise CheckpointError(message)
-        left = left[size:]
-
-
-def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, contiguous and each with memory of its own; only those that share or waste some are copied."""
-    seen: set[int] = set()
-    result = {}
-    for name, value in tensors.items():
-        storage = value.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes or not value.is_contiguous():
-            value = value.clone(memory_format=torch.contiguous_format)
-        seen.add(value.untyped_storage().data_ptr())
-        result[name] = value
-    return result
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, whatever order a file has them in."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def read_tokenizer(source: str | os.PathLike[str] | HasText | None) -> bytes | None:

@@ -24,8 +24,9 @@ from miss.kernels.quant_linear import PackedWeight, pack_int4, pack_int8, unpack
 from miss.models.config import MissConfig
 from miss.models.fitting import POSITIONS
 from miss.models.quantized import Quantization, linear_modules, pack_tensors
+from miss.models.tensor_file import digest
 from miss.models.vqa import MissVQA, VQABatch
-from miss.models.weights import digest, saved_state
+from miss.models.weights import saved_state
 
 Scheme = Literal["int8", "int4", "small-mixed"]
 SCHEMES = ("int8", "int4", "small-mixed")

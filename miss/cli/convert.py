@@ -26,6 +26,7 @@ from miss.models.fitting import CheckpointError, shown
 from miss.models.hugging_face import from_hf, hf_files, to_hf
 from miss.models.names import family_of, is_adapter
 from miss.models.original import from_original, to_original
+from miss.models.tensor_file import read_tensors
 from miss.models.weights import (
     CARD,
     CONFIG,
@@ -36,7 +37,6 @@ from miss.models.weights import (
     WEIGHTS,
     read_checkpoint,
     read_json,
-    read_tensors,
     write_checkpoint,
 )
 

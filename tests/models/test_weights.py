@@ -22,8 +22,9 @@ from miss.models.fitting import CheckpointError, fit, fresh_tensor
 from miss.models.hugging_face import from_hf, hf_files, to_hf
 from miss.models.names import TIED_COPIES, Depths, entries, split, stack
 from miss.models.original import from_original, to_original
+from miss.models.tensor_file import digest
 from miss.models.vqa import MissVQA
-from miss.models.weights import digest, load_checkpoint, model_shapes, save_checkpoint, saved_state, write_checkpoint
+from miss.models.weights import load_checkpoint, model_shapes, save_checkpoint, saved_state, write_checkpoint
 
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "generation_config.json", "README.md")
 
