@@ -4,6 +4,7 @@ Knows which part needs which; does not know flags, generation or metrics: valida
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,8 @@ def prepare(
         ValueError: data, checkpoint or configuration cannot serve; the message says which and why.
     """
     seed_everything(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace
     torch.use_deterministic_algorithms(config.deterministic)
     device = pick_device(config.device)
     model, processor = load_model(config)

@@ -1,7 +1,7 @@
 """How many floating point operations a training step has, and how fast this machine multiplies matrices.
 
 Knows the architecture's sizes and a clock; does not know the loop. Counts are the model's own work, two for a
-multiply-add: padding inside a batch counts, recomputation does not, element-wise work is left out.
+multiply-add: padding, recomputation and element-wise work are left out.
 """
 
 import time
@@ -23,24 +23,22 @@ def vision_flops(config: MissConfig, num_images: int, num_tokens: int) -> float:
 
 
 def text_flops(config: TextConfig, lengths: Tensor, keys: Tensor | int) -> float:
-    """Forward FLOPs of a text tower without its stacked K/V projection, padding not counted: rows of `lengths` (R,)
-    tokens, each of which cross-attends to `keys` (R,)."""
+    """Forward FLOPs of a text tower without its stacked K/V projection.
+
+    `lengths` (R,) are the rows' tokens, `keys` what each row cross-attends to: a number for all, or (R,).
+    """
     c, f = config.hidden_size, config.intermediate_size
-    tokens = lengths.double()
-    per_layer = 2 * tokens * (6 * c * c + 2 * c * f) + 4 * tokens * (tokens + keys) * c
-    return float(config.num_layers * per_layer.sum())
+    lengths = lengths.double()
+    per_layer = 2 * lengths * (6 * c * c + 2 * c * f) + 4 * lengths * (lengths + keys) * c
+    return config.num_layers * float(per_layer.sum())
 
 
-def training_flops(
-    config: MissConfig, batch: VQABatch, num_answer_tokens: int, train_vision: bool, train_words: bool
-) -> float:
-    """Forward and backward FLOPs of a batch whose head sees `num_answer_tokens` tokens, padding not counted.
+def training_flops(config: MissConfig, batch: VQABatch, train_vision: bool, train_words: bool) -> float:
+    """Forward and backward FLOPs of a batch.
 
     A trained product costs three times its forward (values, gradient of the input, gradient of the weight), one over
-    cached image tokens or with a frozen word table twice, a frozen image encoder nothing.
+    cached image tokens or with a frozen word table twice, a frozen image encoder nothing more than its forward.
     """
-    rows, padded = batch.question_ids.shape
-    question, answer = batch.question_lengths.cpu(), batch.answer_lengths.cpu() - 1
     if batch.image_tokens is not None:
         images, tokens = batch.image_tokens.shape[:2]
         total = 0.0
@@ -50,11 +48,12 @@ def training_flops(
         tokens = (batch.pixels.shape[1] // config.vision.patch_size) ** 2 + 1
         total = vision_flops(config, images, tokens) * (3 if train_vision else 1)
     e, d = config.encoder, config.decoder
-    image_kv = 2.0 * images * tokens * e.source_width * 2 * e.num_layers * e.hidden_size
-    question_kv = 2.0 * rows * padded * d.source_width * 2 * d.num_layers * d.hidden_size
-    head = 2.0 * num_answer_tokens * d.hidden_size**2
-    words = 2.0 * num_answer_tokens * d.hidden_size * d.vocab_size
-    text = text_flops(e, question, tokens) + text_flops(d, answer, question)
+    questions, answers = batch.question_lengths, batch.answer_lengths - 1
+    image_kv = 4.0 * images * tokens * e.source_width * e.num_layers * e.hidden_size
+    question_kv = 4.0 * int(questions.sum()) * d.source_width * d.num_layers * d.hidden_size
+    head = 2.0 * int(answers.sum()) * d.hidden_size**2
+    words = 2.0 * int(answers.sum()) * d.hidden_size * d.vocab_size
+    text = text_flops(e, questions, tokens) + text_flops(d, answers, questions)
     total += image_kv * (3 if train_vision else 2) + words * (3 if train_words else 2)
     return total + 3 * (text + question_kv + head)
 

@@ -1,7 +1,7 @@
 """The training loop: step after step from any step on, with validation, checkpoints and a log.
 
 Knows the order of things in a step and a run; does not know which engine makes the update, what validation means, or
-where the batches come from: all three are handed in.
+where the batches come from: all three are handed in. On CUDA: written for it, never run here.
 """
 
 import json
@@ -201,18 +201,15 @@ class Trainer:
         interval.steps, interval.loss, interval.norm = interval.steps + 1, interval.loss + value, interval.norm + norm
         interval.tokens, interval.rows = interval.tokens + int(count), interval.rows + work.num_rows
         interval.images += work.num_images
-        interval.flops += self._flops(work, int(count))
+        interval.flops += self._flops(work)
 
-    def _flops(self, work: Step, tokens: int) -> float:
+    def _flops(self, work: Step) -> float:
         model_config = getattr(self.model, "config", None)
         if model_config is None:
             return 0.0
         words = self.model.get_parameter("encoder.embeddings.word.weight").requires_grad
-        share = [tokens * len(part.qids) / work.num_rows for part in work.parts]
-        return sum(
-            training_flops(model_config, part.batch, round(n), self.config.train_vision, words)
-            for part, n in zip(work.parts, share, strict=True)
-        )
+        vision = self.config.train_vision
+        return sum(training_flops(model_config, part.batch, vision, words) for part in work.parts)
 
     def _not_finite(self, work: Step, losses: list[Tensor], value: float, norm: float) -> NotFinite:
         """Names the rows whose own loss is not finite; where only a gradient is not, all rows of the step."""
