@@ -4,8 +4,8 @@
 
 A model of the `small` shapes with random weights, questions and answers as long as SLAKE's; bf16 autocast, word tables
 frozen, AdamW, moving average: the step that `miss finetune` takes. Grouped: 12 images x 4 questions. Ungrouped: the
-same 48 questions, each with an image of its own. Three ways to get image tokens: the encoder trained, the encoder frozen but
-run in every step, and tokens cached (the recipe's). Medians over alternating repeats. Knows no data.
+same 48 questions, each with an image of its own. Three ways to get image tokens: the encoder trained, the encoder
+frozen but run in every step, and tokens cached (the recipe's). Medians over alternating repeats. Knows no data.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A run's state as files, and every random number generator in it.
+"""A run's state as files, every random number generator in it, and whether two configurations are the same run.
 
 Knows tensors by name, safetensors and JSON; nothing here is pickled. Does not know folders' names or when to save.
 """
@@ -12,6 +12,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from miss.engine.training.config import TrainConfig
+
+# What a resumed run may say differently: none of it changes a step.
+_FREE = ("device", "checkpoint", "validation", "log", "init")
+_FREE_DATA = ("root", "cache", "prefetch", "workers")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -80,3 +86,28 @@ def seed_everything(seed: int) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_same_run(saved: TrainConfig, now: TrainConfig) -> None:
+    """Raises ValueError where two configurations would not take the same steps, naming the keys that differ."""
+
+    def relevant(config: TrainConfig) -> dict[str, Any]:
+        values = {k: v for k, v in config.to_dict().items() if k not in _FREE}
+        values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
+        return flatten(values)
+
+    a, b = relevant(saved), relevant(now)
+    different = [f"{key}: {a.get(key)} there, {b.get(key)} now" for key in sorted(a | b) if a.get(key) != b.get(key)]
+    if different:
+        raise ValueError(
+            f"the checkpoint is of a run configured otherwise ({'; '.join(different[:4])}); resume with the same "
+            f"values, or start a new run in another --output with --init"
+        )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -29,6 +29,7 @@ from miss.engine.training.log import RunLog, draw_curves
 from miss.engine.training.plain import Engine
 from miss.engine.training.schedule import rate_share
 from miss.engine.training.state import (
+    check_same_run,
     load_model_tensors,
     load_random,
     model_tensors,
@@ -41,10 +42,6 @@ _DROPOUT = 21  # what a hash is for
 
 Validate = Callable[[nn.Module], dict[str, float]]
 Export = Callable[[Path], None]
-
-# What a resumed run may say differently: none of it changes a step.
-_FREE = ("device", "checkpoint", "validation", "log", "init")
-_FREE_DATA = ("root", "cache", "prefetch", "workers")
 
 
 class NotFinite(ValueError):
@@ -380,28 +377,3 @@ class Trainer:
 
 class _Interrupted(Exception):
     """A signal during validation."""
-
-
-def check_same_run(saved: TrainConfig, now: TrainConfig) -> None:
-    """Raises ValueError where two configurations would not take the same steps, naming the keys that differ."""
-
-    def relevant(config: TrainConfig) -> dict[str, Any]:
-        values = {k: v for k, v in config.to_dict().items() if k not in _FREE}
-        values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
-        return flatten(values)
-
-    a, b = relevant(saved), relevant(now)
-    different = [f"{key}: {a.get(key)} there, {b.get(key)} now" for key in sorted(a | b) if a.get(key) != b.get(key)]
-    if different:
-        raise ValueError(
-            f"the checkpoint is of a run configured otherwise ({'; '.join(different[:4])}); resume with the same "
-            f"values, or start a new run in another --output with --init"
-        )
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

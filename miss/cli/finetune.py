@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from miss.engine.data.processor import Processor
-    from miss.engine.training.finetune import Finetuning, Questions
+    from miss.engine.training.finetune import Finetuning
+    from miss.engine.training.mix import Questions
     from miss.engine.training.trainer import Validate
 
 
