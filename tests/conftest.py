@@ -1,0 +1,20 @@
+"""Every test draws the same random tensors each time, and what Hypothesis finds can be found again."""
+
+import hypothesis
+import torch
+
+
+class TorchRandom:
+    """PyTorch's generator as Hypothesis wants one, so that it seeds it for every example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+RANDOM = TorchRandom()  # Hypothesis keeps a weak reference
+hypothesis.register_random(RANDOM)  # type: ignore[arg-type]
+
+
+def pytest_runtest_setup(item):
+    torch.manual_seed(0)
