@@ -7,7 +7,7 @@ TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python -m
-EXTRAS := dicom,train,evaluate,weights,test
+EXTRAS := dicom,train,evaluate,weights,zero,test
 
 .DEFAULT_GOAL := help
 .PHONY: help answer setup test check parity torture clean
