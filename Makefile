@@ -7,6 +7,7 @@ TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python -m
+CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
 EXTRAS := dicom,train,evaluate,weights,zero,test
 
 .DEFAULT_GOAL := help
@@ -15,13 +16,13 @@ EXTRAS := dicom,train,evaluate,weights,zero,test
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
 
-$(VENV)/.answer: pyproject.toml setup.py
+$(VENV)/.answer: pyproject.toml setup.py $(CSRC)
 	@echo "[1/3] virtual environment: $(VENV)"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/3] torch ($(TORCH_SPEC)), if there is none yet; this is the large download"
 	@$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH_SPEC)" numpy
 	@echo "[3/3] miss-engine"
-	@$(PIP) install -q "setuptools>=77" wheel
+	@$(PIP) install -q "setuptools>=77" wheel pybind11
 	@$(PIP) install -q --no-build-isolation -e .
 	@touch $@
 

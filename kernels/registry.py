@@ -52,8 +52,21 @@ class Impl:
     capability: tuple[int, int] = (0, 0)
     dtypes: frozenset[torch.dtype] = FLOATS
     requires: str | None = None  # a module that must be installed
+    needs: Callable[[], str | None] | None = None  # of the machine, once a process: None, or what is missing
     limits: Callable[..., str | None] | None = None  # shapes, strides, options: None, or why not
     composite: bool = False
+
+
+def lazy(module: str, function: str) -> Callable[..., Any]:
+    """`function` of miss.kernels.`module`, imported when it is first called: `Impl("cpu", lazy("linear.cpu_impl", …))`."""
+    found: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if not found:
+            found.append(getattr(importlib.import_module(f"miss.kernels.{module}"), function))
+        return found[0](*args)
+
+    return run
 
 
 class Forced:
@@ -214,7 +227,7 @@ def _misfit(impl: Impl, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"does not take {str(dtype).removeprefix('torch.')}"
     if impl.requires is not None and importlib.util.find_spec(impl.requires) is None:
         return f"needs the package {impl.requires}, which is not installed"
-    return None
+    return impl.needs() if impl.needs is not None else None
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:

@@ -1,0 +1,8 @@
+// What the file of each instruction set includes after its vectors: all kernels, compiled once for each.
+// No standard header with inline functions may come in here (parallel.h says why).
+#include "parallel.h"
+
+#include "functions.h"
+#include "micro.h"
+
+#include "ceilings.inl.h"

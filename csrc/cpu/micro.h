@@ -1,0 +1,110 @@
+// The inner kernel of every product here (linears, attention, the head): a few rows of A times a panel of B.
+// Knows registers and the panel's layout; does not know matrices, caches or epilogues.
+//
+// A panel is 64 columns of B cut into groups of 4 bytes along k (1 float, 2 bf16, or 4 int8 of one column):
+//   panel[g][column]: 4 bytes, 256 bytes a group. Beyond K it holds zeros.
+// A's rows are read 4 bytes at a time, and a row's last, partial group only up to its own end.
+// Every sum runs over k from first to last in one accumulator, whatever the number of rows: a row's result does not
+// depend on what it is computed with.
+#pragma once
+
+namespace miss {
+namespace {
+
+constexpr int PANEL = 64;                              // columns of a panel
+constexpr int ROWS = 6;                                // rows of the inner kernel: 6 x 64 sums fill 24 of 32 registers
+constexpr int STEP = PANEL * 4;                        // bytes of a group
+constexpr int VECS = REGISTERS == 32 ? 4 : 2;          // vectors of sums a row
+constexpr int PARTS = PANEL / (VECS * LANES);          // turns to cover a panel: 1 with AVX-512, 4 with AVX2
+
+struct DotF32 {
+  static constexpr int GROUP = 1;
+  using Sum = float;
+  using Acc = vf;
+  static Acc none() { return zero(); }
+  static Acc multiply(vi a, vi b, Acc c) { return fma(as_float(a), as_float(b), c); }
+};
+
+struct DotBf16 {
+  static constexpr int GROUP = 2;
+  using Sum = float;
+  using Acc = vf;
+  static Acc none() { return zero(); }
+  static Acc multiply(vi a, vi b, Acc c) { return dot_bf16(a, b, c); }
+};
+
+struct DotU8S8 {  // A 0 … 255, B -128 … 127
+  static constexpr int GROUP = 4;
+  using Sum = int32_t;
+  using Acc = vi;
+  static Acc none() { return zeroi(); }
+  static Acc multiply(vi a, vi b, Acc c) { return dot_u8s8(a, b, c); }
+};
+
+template <class Dot, int NUM_ROWS, int NUM_VECS>
+inline void step_all(const char* const* a, int64_t at, const char* b, typename Dot::Acc (&acc)[NUM_ROWS][NUM_VECS]) {
+  vi columns[NUM_VECS];
+#pragma GCC unroll 4
+  for (int v = 0; v < NUM_VECS; ++v) columns[v] = load(reinterpret_cast<const int32_t*>(b + v * LANES * 4));
+#pragma GCC unroll 6
+  for (int r = 0; r < NUM_ROWS; ++r) {
+    int32_t word;
+    memcpy(&word, a[r] + at, 4);
+    vi row = set1i(word);
+#pragma GCC unroll 4
+    for (int v = 0; v < NUM_VECS; ++v) acc[r][v] = Dot::multiply(row, columns[v], acc[r][v]);
+  }
+}
+
+// sums (NUM_ROWS, columns of NUM_VECS vectors; `stride` apart) = or += rows of A times part of a panel.
+// a: the rows' first bytes. bytes: of a row. fresh: start from zero, not from what stands in sums.
+template <class Dot, int NUM_ROWS, int NUM_VECS>
+inline void micro(const char* const* a, int64_t bytes, const char* b, typename Dot::Sum* sums, int64_t stride,
+                  bool fresh) {
+  typename Dot::Acc acc[NUM_ROWS][NUM_VECS];
+#pragma GCC unroll 6
+  for (int r = 0; r < NUM_ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NUM_VECS; ++v) acc[r][v] = fresh ? Dot::none() : load(sums + r * stride + v * LANES);
+  const char* rows[NUM_ROWS];
+#pragma GCC unroll 6
+  for (int r = 0; r < NUM_ROWS; ++r) rows[r] = a[r];
+  int64_t at = 0;
+  for (; at + 4 <= bytes; at += 4, b += STEP) step_all<Dot>(rows, at, b, acc);
+  if (at < bytes) {
+    int32_t words[NUM_ROWS] = {};
+    const char* tails[NUM_ROWS];
+    for (int r = 0; r < NUM_ROWS; ++r) {
+      memcpy(&words[r], rows[r] + at, static_cast<size_t>(bytes - at));
+      tails[r] = reinterpret_cast<const char*>(&words[r]);
+    }
+    step_all<Dot>(tails, 0, b, acc);
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < NUM_ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NUM_VECS; ++v) store(sums + r * stride + v * LANES, acc[r][v]);
+}
+
+// The same for 1 to ROWS rows `row_bytes` apart and the panel's first `columns` (a multiple of VECS * LANES, at most 64).
+template <class Dot>
+inline void product(int num_rows, const char* a, int64_t row_bytes, int64_t bytes, const char* panel,
+                    typename Dot::Sum* sums, int64_t stride, bool fresh, int columns = PANEL) {
+  const char* rows[ROWS];
+  for (int r = 0; r < num_rows; ++r) rows[r] = a + r * row_bytes;
+  for (int part = 0; part * VECS * LANES < columns; ++part) {
+    const char* b = panel + part * VECS * LANES * 4;
+    typename Dot::Sum* to = sums + part * VECS * LANES;
+    switch (num_rows) {
+      case 1: micro<Dot, 1, VECS>(rows, bytes, b, to, stride, fresh); break;
+      case 2: micro<Dot, 2, VECS>(rows, bytes, b, to, stride, fresh); break;
+      case 3: micro<Dot, 3, VECS>(rows, bytes, b, to, stride, fresh); break;
+      case 4: micro<Dot, 4, VECS>(rows, bytes, b, to, stride, fresh); break;
+      case 5: micro<Dot, 5, VECS>(rows, bytes, b, to, stride, fresh); break;
+      default: micro<Dot, 6, VECS>(rows, bytes, b, to, stride, fresh); break;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace miss

@@ -1,0 +1,87 @@
+"""The one door to csrc/: whether it is built, for which instruction sets, which one runs, and its operations.
+
+Knows the compiled module; does not know what its kernels compute.
+
+`ops()` are the operations that csrc/cpu/ registers with PyTorch (`torch.ops.miss_cpu`), without autograd or fakes: an
+operation of kernels/ stands in front of each.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BUILD = "pip install --no-build-isolation -e . (or make setup) builds them where PyTorch and a C++17 compiler are found"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is compiled and what of it this processor runs. `reason` says why nothing does; None where something does."""
+
+    processor: str
+    features: list[str]
+    built: list[str]
+    supported: list[str]
+    isa: str | None
+    reason: str | None
+
+
+@functools.cache
+def _module() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    if importlib.util.find_spec("miss.kernels._C") is None:
+        return f"the CPU kernels are not built: {BUILD}"
+    try:
+        return importlib.import_module("miss.kernels._C")
+    except ImportError as error:  # built against another PyTorch or Python
+        return f"the CPU kernels do not load ({error}): build them again, {BUILD}"
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why no CPU kernel of ours runs here; None where they do.
+
+    Raises:
+        ValueError: MISS_CPU_ISA asks for an instruction set that this processor does not have.
+    """
+    module = _module()
+    if isinstance(module, str):
+        return module
+    try:
+        module.isa()
+    except ValueError as error:
+        if os.environ.get("MISS_CPU_ISA"):
+            raise
+        return str(error)
+    return None
+
+
+def isa() -> str | None:
+    """The instruction set in use: avx2, avx512f, avx512_vnni, avx512_bf16; None where `missing` gives a reason."""
+    module = _module()
+    return None if missing() is not None or isinstance(module, str) else str(module.isa())
+
+
+def report() -> Report:
+    """What `miss doctor` and `miss kernels list` show."""
+    module, reason = _module(), missing()
+    if isinstance(module, str):
+        return Report("", [], [], [], None, reason)
+    return Report(module.processor(), module.features(), module.built(), module.supported(), isa(), reason)
+
+
+def ops() -> Any:
+    """`torch.ops.miss_cpu`, loaded.
+
+    Raises:
+        NotImplementedError: the kernels are not built or do not run here.
+    """
+    reason = missing()
+    if reason is not None:
+        raise NotImplementedError(reason)
+    return torch.ops.miss_cpu
