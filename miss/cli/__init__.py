@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "translate checkpoints between ours, MISS, BLIP and Hugging Face",
     "quantize": "pack a checkpoint into int8 and int4",
     "data": "check and pack data sets",
+    "bench": "time the operations against this machine's ceilings, compare two runs",
     "explain": "show which implementation of each operation runs here, and why not the others",
 }
 
