@@ -5,59 +5,99 @@ namespace miss {
 namespace MISS_ISA {
 namespace {
 
-// What becomes of a tile of sums. One for each pair of sums' and output's type.
+template <class T>
+vf part(const T* p, int n) {
+  return n == LANES ? load(p) : load_n(p, n);
+}
+template <class T>
+void put(T* p, vf v, int n) {
+  if (n == LANES) store(p, v);
+  else store_n(p, v, n);
+}
+vi part(const int32_t* p, int n) {
+  if (n == LANES) return load(p);
+  int32_t some[LANES] = {};
+  memcpy(some, p, static_cast<size_t>(n) * 4);
+  return load(some);
+}
+
+// What becomes of a tile of sums: numbers, plus bias, gelu, plus residual, stored as Out. Column by column, so that what
+// belongs to a column is loaded once for all rows of the tile.
 template <class Sum, class Out>
 struct Finish {
   const LinearArgs& args;
-  Out* y;              // the row `base` of the output
+  Out* y;                  // the row `base` of the output
   int64_t base;
-  const float* row_scale;  // of the row `base`
+  const float* row_scale;  // of the row `base`; nullptr where the sums are numbers already
 
-  vf number(const float* sums, int64_t, int64_t, int) const { return load(sums); }
+  struct Column {
+    vf scale, bias;
+    vi offset;
+  };
+
+  Column column(int64_t at, int n) const {
+    Column c = {set1(1.0f), zero(), zeroi()};
+    if (args.bias != nullptr)
+      c.bias = args.bias_type == Type::f32 ? part(reinterpret_cast<const float*>(args.bias) + at, n)
+                                           : part(reinterpret_cast<const bf16*>(args.bias) + at, n);
+    if (args.column_scale != nullptr) {
+      c.scale = part(args.column_scale + at, n);
+      c.offset = part(args.offset + at, n);
+    }
+    return c;
+  }
+
+  static vf number(const float* sums, const Column& c, const float*) { return add(load(sums), c.bias); }
 
   // (sum - 128 * the column's codes) * row's scale * column's scale
-  vf number(const int32_t* sums, int64_t row, int64_t column, int n) const {
-    vi offset = n == LANES ? load(args.offset + column) : load_ints(args.offset + column, n);
-    vf scale = n == LANES ? load(args.column_scale + column) : load_n(args.column_scale + column, n);
-    return mul(mul(to_float(subi(load(sums), offset)), set1(row_scale[row - base])), scale);
+  static vf number(const int32_t* sums, const Column& c, const float* row_scale) {
+    return fma(mul(to_float(subi(load(sums), c.offset)), set1(*row_scale)), c.scale, c.bias);
   }
 
-  static vi load_ints(const int32_t* p, int n) {
-    int32_t some[LANES] = {};
-    memcpy(some, p, static_cast<size_t>(n) * 4);
-    return load(some);
+  // `num_rows` rows of `n` columns. Pointers are to the first row.
+  template <bool GELU, bool KEEP, bool ADD>
+  static void strip(const Sum* sums, int64_t stride, int num_rows, int n, const Column& c, const float* scale, Out* to,
+                    Out* pre, const Out* residual, int64_t columns, int64_t residual_stride) {
+    for (int r = 0; r < num_rows; ++r) {
+      vf v = number(sums + r * stride, c, scale + r);
+      if (KEEP) put(pre + r * columns, v, n);
+      if (GELU) v = gelu(v);
+      if (ADD) v = add(v, part(residual + r * residual_stride, n));
+      put(to + r * columns, v, n);
+    }
   }
 
-  template <class T>
-  static vf part(const T* p, int n) {
-    return n == LANES ? load(p) : load_n(p, n);
-  }
-  static void put(Out* p, vf v, int n) {
-    if (n == LANES) store(p, v);
-    else store_n(p, v, n);
-  }
-
-  vf bias(int64_t column, int n) const {
-    if (args.bias_type == Type::f32) return part(reinterpret_cast<const float*>(args.bias) + column, n);
-    return part(reinterpret_cast<const bf16*>(args.bias) + column, n);
-  }
-
-  inline __attribute__((always_inline)) void vector(const Sum* sums, int64_t row, int64_t column, int n) const {
-    vf v = number(sums, row, column, n);
-    if (args.bias != nullptr) v = add(v, bias(column, n));
-    int64_t at = (row - base) * args.columns + column;
-    if (args.pre != nullptr) put(reinterpret_cast<Out*>(args.pre) + row * args.columns + column, v, n);
-    if (args.gelu) v = gelu(v);
-    if (args.residual != nullptr)
-      v = add(v, part(reinterpret_cast<const Out*>(args.residual) + row * args.residual_stride + column, n));
-    put(y + at, v, n);
+  void prefetch(int64_t row, int num_rows, int64_t column, int num_columns) const {
+    const char* to = reinterpret_cast<const char*>(y + (row - base) * args.columns + column);
+    for (int r = 0; r < num_rows; ++r, to += args.columns * static_cast<int64_t>(sizeof(Out)))
+      for (size_t at = 0; at < num_columns * sizeof(Out); at += 64) __builtin_prefetch(to + at, 1, 3);
   }
 
   void operator()(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride) const {
-    for (int r = 0; r < num_rows; ++r) {
-      int c = 0;
-      for (; c + LANES <= num_columns; c += LANES) vector(sums + r * stride + c, row + r, column + c, LANES);
-      if (c < num_columns) vector(sums + r * stride + c, row + r, column + c, num_columns - c);
+    Out* to = y + (row - base) * args.columns + column;
+    Out* pre = args.pre == nullptr ? nullptr : reinterpret_cast<Out*>(args.pre) + row * args.columns + column;
+    const Out* residual = args.residual == nullptr
+                              ? nullptr
+                              : reinterpret_cast<const Out*>(args.residual) + row * args.residual_stride + column;
+    const float* scale = row_scale == nullptr ? nullptr : row_scale + (row - base);
+    int64_t columns = args.columns, residual_stride = args.residual_stride;
+    int form = (args.gelu ? 1 : 0) + (pre != nullptr ? 2 : 0) + (residual != nullptr ? 4 : 0);
+    for (int c = 0; c < num_columns; c += LANES) {
+      int n = num_columns - c < LANES ? num_columns - c : LANES;
+      Column own = this->column(column + c, n);
+      auto run = [&](auto strip_of) {
+        strip_of(sums + c, stride, num_rows, n, own, scale, to + c, pre + c, residual + c, columns, residual_stride);
+      };
+      switch (form) {
+        case 0: run(strip<false, false, false>); break;
+        case 1: run(strip<true, false, false>); break;
+        case 2: run(strip<false, true, false>); break;
+        case 3: run(strip<true, true, false>); break;
+        case 4: run(strip<false, false, true>); break;
+        case 5: run(strip<true, false, true>); break;
+        case 6: run(strip<false, true, true>); break;
+        default: run(strip<true, true, true>); break;
+      }
     }
   }
 };

@@ -96,7 +96,9 @@ inline vf dot_bf16(vi a, vi b, vf c) {
 // a: four bytes 0 … 255, b: four bytes -128 … 127. Exact: no pair of products is saturated.
 inline vi dot_u8s8(vi a, vi b, vi c) {
 #ifdef __AVX512VNNI__
-  return _mm512_dpbusd_epi32(c, a, b);
+  // Not _mm512_dpbusd_epi32: GCC 12 copies every accumulator around it, which halves the rate (40 % of the peak).
+  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
 #else
   vi a_even = _mm512_and_si512(a, set1i(0x00ff00ff)), a_odd = _mm512_srli_epi16(a, 8);
   vi b_even = _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8), b_odd = _mm512_srai_epi16(b, 8);
