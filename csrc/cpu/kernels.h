@@ -4,5 +4,7 @@
 
 #include "functions.h"
 #include "micro.h"
+#include "spans.h"
 
 #include "ceilings.inl.h"
+#include "norm.inl.h"
