@@ -6,5 +6,9 @@
 #include "micro.h"
 #include "spans.h"
 
+#include "gemm.h"
+#include "quantise.h"
+
 #include "ceilings.inl.h"
+#include "linear.inl.h"
 #include "norm.inl.h"

@@ -107,7 +107,7 @@ inline float write_codes(const NormForward& n, const T* values, float mean, floa
     put(buffer + i, v, span);
     largest.see(v, span);
   });
-  return quantise(buffer, n.width, largest.value(), codes);
+  return to_codes(buffer, n.width, largest.value(), codes);
 }
 
 template <class T>

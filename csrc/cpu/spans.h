@@ -58,56 +58,5 @@ inline vf total(const vf (&sums)[4]) { return add(add(sums[0], sums[1]), add(sum
 inline vf stored(vf a, const float*) { return a; }
 inline vf stored(vf a, const bf16*) { return from_bf16(to_bf16(a)); }
 
-// The largest absolute value of a row, gathered vector by vector; NaN where one is NaN. Compared as whole numbers, in
-// whose order infinity stands above every number and NaN above infinity.
-struct Largest {
-  vi most[4] = {zeroi(), zeroi(), zeroi(), zeroi()};
-
-  template <class Span>
-  void see(vf x, Span) {
-#if defined(__AVX512F__)
-    most[Span::sum] = _mm512_max_epi32(most[Span::sum], _mm512_castps_si512(abs(x)));
-#else
-    most[Span::sum] = _mm256_max_epi32(most[Span::sum], _mm256_castps_si256(abs(x)));
-#endif
-  }
-  float value() const {
-    alignas(64) int32_t lanes[4 * LANES];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) store(lanes + i * LANES, most[i]);
-    int32_t bits = 0;
-    for (int i = 0; i < 4 * LANES; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-  }
-};
-
-// A row's codes, 128 + round(x / scale) with ties to even, and its scale, largest / 127 (the reference is
-// kernels/quant_linear/packing.py: quantise_rows). `largest` is as Largest gives it.
-// x / scale is the reciprocal's product and one correction, which rounds as a division does at a third of its cost. The
-// sum with 1.5 * 2 ** 23 + 128 has the code in its lowest byte: such floats are whole, and sums round to even.
-template <class T>
-inline float quantise(const T* row, int64_t width, float largest, uint8_t* codes) {
-  if (!(largest <= 3.4028234664e38f)) {
-    memset(codes, 128, static_cast<size_t>(width));
-    return __builtin_nanf("");
-  }
-  float scale = largest > 0.0f ? largest / 127.0f : 1.0f;
-  if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
-  const vf step = set1(scale), inverse = set1(1.0f / scale), shift = set1(12583040.0f);
-  spans(width, [&](int64_t i, auto span) {
-    vf x = get(row + i, span);
-    vf q = mul(x, inverse);
-    vf code = add(fma(fnma(q, step, x), inverse, q), shift);
-#if defined(__AVX512F__)
-    put_byte(codes + i, _mm512_castps_si512(code), span);
-#else
-    put_byte(codes + i, _mm256_castps_si256(code), span);
-#endif
-  });
-  return scale;
-}
-
 }  // namespace
 }  // namespace miss
