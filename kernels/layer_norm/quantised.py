@@ -3,7 +3,7 @@
 Knows its formula and who computes it; does not know that product. For inference: there is no gradient.
 
     layer_norm_quantised:      QuantRows of layer_norm(x)
-    add_layer_norm_quantised:  summed = residual + x;  QuantRows of y = layer_norm(summed), and y itself where it is kept
+    add_layer_norm_quantised:  summed = residual + x;  QuantRows of y = layer_norm(summed), and y where it is kept
 
 x, residual, y, summed (…, C) in x's dtype; codes uint8 (…, C), scale float32 (…): `quant_linear.packing.QuantRows`. The
 codes are those of y in float32, before it is rounded to x's dtype (the `torch` row has only the rounded y). A row with
