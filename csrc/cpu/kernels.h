@@ -4,9 +4,11 @@
 
 #include "functions.h"
 #include "micro.h"
+#include "spans.h"
 
 #include "gemm.h"
 #include "quantise.h"
 
 #include "ceilings.inl.h"
 #include "linear.inl.h"
+#include "norm.inl.h"
