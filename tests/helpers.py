@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
 from miss.kernels.registry import Op, use
 
 BESIDE = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -18,6 +19,7 @@ DEVICES = [
         "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
     ),
 ]
+CPU_ROUTES = [] if extension.missing() else ["cpu"]  # the compiled kernels, where they are built
 Outputs = Tensor | tuple[Tensor, ...]
 
 

@@ -5,4 +5,5 @@
 #include "functions.h"
 #include "micro.h"
 
+#include "attention.inl.h"
 #include "ceilings.inl.h"
