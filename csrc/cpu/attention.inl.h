@@ -8,6 +8,7 @@
 
 namespace miss {
 namespace MISS_ISA {
+namespace attend {
 namespace {
 
 constexpr int64_t KEYS = 1088;  // of a block: 6 rows of scores of all keys of the longest image stay in cache
@@ -213,13 +214,14 @@ void forward_of(const AttentionArgs& a) {
   a.dropout ? forward_tasks<Dot, true>(a) : forward_tasks<Dot, false>(a);
 }
 
-void attention_forward(const AttentionArgs& a) {
+void forward(const AttentionArgs& a) {
   a.type == Type::bf16 ? forward_of<DotBf16>(a) : forward_of<DotF32>(a);
 }
 
 }  // namespace
+}  // namespace attend
 
-extern const AttentionKernels attention_kernels = {attention_forward};
+extern const AttentionKernels attention_kernels = {attend::forward};
 
 }  // namespace MISS_ISA
 }  // namespace miss

@@ -6,6 +6,7 @@
 
 namespace miss {
 namespace MISS_ISA {
+namespace attend {
 namespace {
 
 template <class Dot>
@@ -55,10 +56,8 @@ inline void rows_by_vectors(int num_rows, const char* const* a, int64_t bytes, c
   }
 }
 
-// micro.h's product of rows anywhere in memory and of a panel's first columns only, to whole vectors: a source's last
-// panel has 1 key of 64 at 577 tokens, and heads may be 32 wide.
 template <class Dot>
-inline void tile(int num_rows, const char* const* a, int64_t bytes, const char* panel, float* sums, int64_t stride,
+inline void span(int num_rows, const char* const* a, int64_t bytes, const char* panel, float* sums, int64_t stride,
                  bool fresh, int64_t columns) {
   int64_t at = 0;
   for (; at + VECS * LANES <= round_up(columns, LANES); at += VECS * LANES)
@@ -70,6 +69,20 @@ inline void tile(int num_rows, const char* const* a, int64_t bytes, const char* 
     case 2: rows_by_vectors<Dot, 2>(num_rows, a, bytes, panel, sums, stride, fresh); break;
     case 3: rows_by_vectors<Dot, 3>(num_rows, a, bytes, panel, sums, stride, fresh); break;
     default: break;
+  }
+}
+
+// micro.h's product of rows anywhere in memory and of a panel's first columns only, to whole vectors: a source's last
+// panel has 1 key of 64 at 577 tokens, and heads may be 32 wide.
+template <class Dot>
+inline void tile(int num_rows, const char* const* a, int64_t bytes, const char* panel, float* sums, int64_t stride,
+                 bool fresh, int64_t columns) {
+  if (bytes <= Dot::SPAN) return span<Dot>(num_rows, a, bytes, panel, sums, stride, fresh, columns);
+  const char* rows[ROWS];
+  for (int64_t at = 0; at < bytes; at += Dot::SPAN) {
+    for (int r = 0; r < num_rows; ++r) rows[r] = a[r] + at;
+    span<Dot>(num_rows, rows, least(Dot::SPAN, bytes - at), panel + at / 4 * STEP, sums, stride, fresh && at == 0,
+              columns);
   }
 }
 
@@ -117,5 +130,6 @@ inline int64_t bytes_as_rows(int64_t rows, int64_t columns, int group) {
 }
 
 }  // namespace
+}  // namespace attend
 }  // namespace MISS_ISA
 }  // namespace miss

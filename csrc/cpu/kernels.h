@@ -5,5 +5,9 @@
 #include "functions.h"
 #include "micro.h"
 
+#include "gemm.h"
+#include "quantise.h"
+
 #include "attention.inl.h"
 #include "ceilings.inl.h"
+#include "linear.inl.h"

@@ -103,6 +103,49 @@ std::vector<AttentionGroup> batch_groups(const AttentionArgs& a, const Tensor& q
   return groups;
 }
 
+std::vector<AttentionGroup> packed_groups(const AttentionArgs& a, const Tensor& q, const Tensor& offsets) {
+  const Ints offset(offsets);
+  std::vector<AttentionGroup> groups(static_cast<size_t>(offsets.size(0) - 1));
+  int64_t last = 0;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    AttentionGroup& g = groups[i];
+    const int64_t first = offset[static_cast<int64_t>(i)];
+    last = offset[static_cast<int64_t>(i) + 1];
+    STD_TORCH_CHECK(first >= 0 && first <= last && last <= q.size(0), "attention_varlen: offsets must rise from 0 to ",
+                    q.size(0));
+    g.k = first * a.k_token, g.v = first * a.v_token;
+    g.q = first * a.q_token, g.out = first * a.out_token, g.lse = first * a.lse_token;
+    g.mask = first * a.mask_token;
+    g.keys = g.tokens = last - first, g.rows = 1;
+  }
+  return groups;
+}
+
+// One group an image that has rows.
+std::vector<AttentionGroup> image_groups(const AttentionArgs& a, const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const Tensor& image_index, const std::optional<Tensor>& lengths) {
+  const Ints index(image_index);
+  const int64_t size = a.type == Type::bf16 ? 2 : 4, rows = q.size(0), images = k.size(0), keys = k.size(1);
+  std::vector<AttentionGroup> groups;
+  int64_t before = -1;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t image = index[r];
+    STD_TORCH_CHECK(image >= 0 && image < images && image >= before,
+                    "image_index: wanted 0 to ", images - 1, ", rows sorted by image");
+    if (image != before) {
+      AttentionGroup g{};
+      g.k = image * k.stride(0) * size, g.v = image * v.stride(0) * size;
+      g.q = r * a.q_row, g.out = r * a.out_row, g.lse = r * a.lse_row, g.mask = r * a.mask_row;
+      g.keys = lengths.has_value() ? clamp(Ints(*lengths)[image], keys) : keys;
+      g.tokens = q.size(1);
+      groups.push_back(g);
+    }
+    ++groups.back().rows;
+    before = image;
+  }
+  return groups;
+}
+
 }  // namespace
 
 static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -120,12 +163,77 @@ static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tenso
   return {out, lse};
 }
 
+// Sequences packed one after the other: q, k, v (total, H, D).
+static std::tuple<Tensor, Tensor> varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& offsets, int64_t max_length, bool causal, double scale,
+                                                 double dropout_p, std::optional<Tensor> seed) {
+  Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(1)});
+  AttentionArgs a = start(q, k, v, out, scale);
+  const int64_t size = a.type == Type::bf16 ? 2 : 4;
+  a.q_token = q.stride(0) * size, a.out_token = out.stride(0) * size;
+  a.lse_token = a.heads, a.lse_head = 1;
+  a.causal = causal, a.lse = lse.mutable_data_ptr<float>();
+  set_dropout(a, dropout_p, seed);
+  a.mask_token = a.heads * max_length, a.mask_head = max_length;
+  std::vector<AttentionGroup> groups = packed_groups(a, q, offsets);
+  run(a, groups);
+  return {out, lse};
+}
+
+static std::tuple<Tensor, Tensor> cross_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const Tensor& image_index, std::optional<Tensor> lengths, double scale,
+                                                double dropout_p, std::optional<Tensor> seed) {
+  Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
+  AttentionArgs a = start(q, k, v, out, scale);
+  stride_rows(a, q, out);
+  a.lse = lse.mutable_data_ptr<float>();
+  set_dropout(a, dropout_p, seed);
+  a.mask_token = k.size(1), a.mask_head = q.size(1) * k.size(1), a.mask_row = a.heads * a.mask_head;
+  std::vector<AttentionGroup> groups = image_groups(a, q, k, v, image_index, lengths);
+  run(a, groups);
+  return {out, lse};
+}
+
+// One query a row against its slot of a cache (S, L, H, D): q (R, H, D).
+static Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+                             const Tensor& lengths, double scale) {
+  Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(1)});
+  AttentionArgs a = start(q, k, v, out, scale);
+  const int64_t size = a.type == Type::bf16 ? 2 : 4;
+  a.lse = lse.mutable_data_ptr<float>(), a.lse_head = 1;
+  const Ints slot(slots), length(lengths);
+  std::vector<AttentionGroup> groups(static_cast<size_t>(q.size(0)));
+  for (int64_t r = 0; r < q.size(0); ++r) {
+    AttentionGroup& g = groups[static_cast<size_t>(r)];
+    STD_TORCH_CHECK(slot[r] >= 0 && slot[r] < k.size(0), "decode_attention: slot ", slot[r], " of ", k.size(0));
+    g.k = slot[r] * k.stride(0) * size, g.v = slot[r] * v.stride(0) * size;
+    g.q = r * q.stride(0) * size, g.out = r * out.stride(0) * size, g.lse = r * a.heads;
+    g.keys = clamp(length[r], k.size(1));
+    g.rows = g.tokens = 1;
+  }
+  run(a, groups);
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, bool causal, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, bool causal, float scale, float dropout_p, "
+      "Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor offsets, int max_length, bool causal, float scale, "
+      "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "cross_attention(Tensor q, Tensor k, Tensor v, Tensor image_index, Tensor? lengths, float scale, "
+      "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor lengths, float scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(miss_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_forward));
+  m.impl("attention_varlen", TORCH_BOX(&varlen_forward));
+  m.impl("cross_attention", TORCH_BOX(&cross_forward));
+  m.impl("decode_attention", TORCH_BOX(&decode_forward));
 }
 
 }  // namespace miss

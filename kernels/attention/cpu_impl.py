@@ -19,3 +19,19 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return extension.ops().attention(q, k, v, lengths, causal, scale, dropout_p, seed)  # type: ignore[no-any-return]
+
+
+def varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return extension.ops().attention_varlen(  # type: ignore[no-any-return]
+        q, k, v, offsets, max_length, causal, scale, dropout_p, seed
+    )

@@ -26,3 +26,9 @@ def misfit(scale: float, first: Tensor, *others: Tensor) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float, *_: Any) -> str | None:
     return misfit(scale, q, k, v)
+
+
+def varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float, *_: Any
+) -> str | None:
+    return misfit(scale, q, k, v)

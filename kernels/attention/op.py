@@ -49,6 +49,7 @@ BACKWARD = Op(
 )
 VARLEN_FORWARD = Op(
     "attention_varlen",
+    _cpu("varlen_forward", limits.varlen_forward),
     Impl("torch", torch_impl.varlen_forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.varlen_forward, dtypes=ALL_FLOATS),
 )
