@@ -19,6 +19,7 @@ DEVICES = [
         "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
     ),
 ]
+CPU_ROUTES = [] if extension.missing() else ["cpu"]  # the compiled kernels, where they are built
 Outputs = Tensor | tuple[Tensor, ...]
 
 

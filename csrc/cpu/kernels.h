@@ -9,6 +9,7 @@
 #include "gemm.h"
 #include "quantise.h"
 
+#include "attention.inl.h"
 #include "ceilings.inl.h"
 #include "linear.inl.h"
 #include "norm.inl.h"
