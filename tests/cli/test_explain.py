@@ -19,7 +19,8 @@ def test_every_operation_is_explained(capsys):
     registry.load_all()
     mine = {name for name, op in OPS.items() if op.impls[0].run.__module__.startswith("miss.")}
     assert {c["op"] for c in choices} >= {name for name in mine if not name.endswith(BACKWARD)}
-    assert all(c["runs"] == "torch" for c in choices)
+    assert all(c["runs"] == next(row["name"] for row in c["candidates"] if row["reason"] is None) for c in choices)
+    assert {c["runs"] for c in choices} <= {"cpu", "torch"}
     assert all(c["candidates"][-1] == {"name": "reference", "reason": None} for c in choices)
 
 
@@ -41,7 +42,7 @@ def test_forced_implementations_are_shown(capsys, monkeypatch):
 
 def test_what_cannot_run_is_said(capsys, monkeypatch):
     registry.load_all()
-    torch_row = OPS["layer_norm"].impls[0]
+    torch_row = next(impl for impl in OPS["layer_norm"].impls if impl.name == "torch")
     monkeypatch.setattr(registry, "_forced", Forced("layer_norm=torch"))
     monkeypatch.setattr(OPS["layer_norm"], "why_not", lambda impl, *_: "needs a miracle" if impl is torch_row else None)
     assert run(["explain", "--device", "cpu", "--op", "layer_norm"]) == 0
