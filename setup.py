@@ -7,6 +7,7 @@ MISS_SANITIZE    1: with address and undefined-behaviour sanitizers, for `make s
 import importlib.util
 import os
 import platform
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,9 +60,7 @@ class BuildCsrc(build_ext):
             if reason is None:
                 super().run()
         except Exception as error:  # whatever a compiler or its absence raises: the install goes on without kernels
-            if os.environ.get("MISS_BUILD_CSRC") == "1":
-                raise
-            reason = f"{type(error).__name__}: {error}"
+            reason = " ".join(str(error).split()) or type(error).__name__
         if reason is not None:
             if os.environ.get("MISS_BUILD_CSRC") == "1":
                 raise SystemExit(f"MISS_BUILD_CSRC=1, but the CPU kernels cannot be built: {reason}")
@@ -69,6 +68,9 @@ class BuildCsrc(build_ext):
             print(f"miss-engine: installed without its CPU kernels, PyTorch's run instead: {reason}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)[0]
+        if shutil.which(compiler) is None:
+            raise FileNotFoundError(f"no C++17 compiler is found: {compiler} (the variable CXX names another)")
         import pybind11
         import torch
 
