@@ -1,6 +1,7 @@
 """Builds csrc/ where PyTorch, pybind11 and a C++17 compiler are found; all else is in pyproject.toml.
 
-MISS_BUILD_CSRC  unset: build where possible, else go on without and say so in one line. 1: fail where impossible. 0: never.
+MISS_BUILD_CSRC  unset: build where possible, else go on without and say so in one line; 1: fail where impossible;
+                 0: never.
 MISS_SANITIZE    1: with address and undefined-behaviour sanitizers, for `make sanitize`.
 """
 
@@ -47,7 +48,7 @@ def missing() -> str | None:
         return f"they are written for x86-64, this is {platform.machine()}"
     for package in ("torch", "pybind11"):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed where this builds (install it, then `pip install --no-build-isolation -e .`)"
+            return f"{package} is not installed where this builds: run `make setup`, or pip with --no-build-isolation"
     return None
 
 

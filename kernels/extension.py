@@ -26,7 +26,7 @@ BUILD = (
 
 @dataclass(frozen=True)
 class Report:
-    """What is compiled and what of it this processor runs. `reason` says why nothing does; None where something does."""
+    """What is compiled and what of it this processor runs; `reason` says why nothing does, else None."""
 
     processor: str
     features: list[str]

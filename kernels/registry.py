@@ -58,7 +58,7 @@ class Impl:
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
-    """`function` of miss.kernels.`module`, imported when it is first called: `Impl("cpu", lazy("linear.cpu_impl", …))`."""
+    """`function` of miss.kernels.`module`, imported at the first call: `Impl("cpu", lazy("linear.cpu_impl", …))`."""
     found: list[Callable[..., Any]] = []
 
     def run(*args: Any) -> Any:

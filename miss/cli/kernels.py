@@ -1,6 +1,6 @@
 """miss kernels list: every operation, its implementations in order, what runs here for a dtype and why not the others.
 
-Knows the tables and the report of the compiled kernels; does not know shapes: `miss explain` asks with those of a model.
+Knows the tables and the report of the compiled kernels; does not know shapes: `miss explain` asks with a model's.
 """
 
 import json
