@@ -5,4 +5,8 @@
 #include "functions.h"
 #include "micro.h"
 
+#include "gemm.h"
+#include "quantise.h"
+
 #include "ceilings.inl.h"
+#include "linear.inl.h"

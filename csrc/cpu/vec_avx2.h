@@ -34,6 +34,8 @@ inline vi to_int(vf a) { return _mm256_cvtps_epi32(a); }
 inline vf as_float(vi a) { return _mm256_castsi256_ps(a); }  // the same bits
 inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 
+inline vi addi(vi a, vi b) { return _mm256_add_epi32(a, b); }
+inline vi subi(vi a, vi b) { return _mm256_sub_epi32(a, b); }
 inline float sum(vf a) {
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
@@ -130,6 +132,10 @@ inline vi dot_u8s8(vi a, vi b, vi c) {
   vi b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), b_odd = _mm256_srai_epi16(b, 8);
   return _mm256_add_epi32(c, _mm256_add_epi32(_mm256_madd_epi16(a_even, b_even), _mm256_madd_epi16(a_odd, b_odd)));
 }
+
+// Whole numbers -127 … 127 to the nearest of each lane, ties to even, as unsigned codes: plus 128.
+inline void store_code(uint8_t* p, vf a) { store_byte(p, addi(to_int(a), set1i(128))); }
+inline void store_code_n(uint8_t* p, vf a, int n) { store_byte_n(p, addi(to_int(a), set1i(128)), n); }
 
 }  // namespace
 }  // namespace miss

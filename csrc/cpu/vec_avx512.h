@@ -33,6 +33,8 @@ inline vf round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT
 inline vi to_int(vf a) { return _mm512_cvtps_epi32(a); }                 // to nearest, ties to even
 inline vf as_float(vi a) { return _mm512_castsi512_ps(a); }  // the same bits
 inline vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi subi(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 inline float max_of(vf a) { return _mm512_reduce_max_ps(a); }
 inline float min_of(vf a) { return _mm512_reduce_min_ps(a); }
@@ -101,6 +103,10 @@ inline vi dot_u8s8(vi a, vi b, vi c) {
   return _mm512_add_epi32(c, _mm512_add_epi32(_mm512_madd_epi16(a_even, b_even), _mm512_madd_epi16(a_odd, b_odd)));
 #endif
 }
+
+// Whole numbers -127 … 127 to the nearest of each lane, ties to even, as unsigned codes: plus 128.
+inline void store_code(uint8_t* p, vf a) { store_byte(p, addi(to_int(a), set1i(128))); }
+inline void store_code_n(uint8_t* p, vf a, int n) { store_byte_n(p, addi(to_int(a), set1i(128)), n); }
 
 }  // namespace
 }  // namespace miss

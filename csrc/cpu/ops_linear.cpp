@@ -1,0 +1,188 @@
+// Linear layers as functions of PyTorch tensors.
+#include "linear.h"
+#include "torch_abi.h"
+
+namespace miss {
+
+namespace {
+
+constexpr int64_t PANEL = 64;
+
+int64_t group_of(Type type) { return type == Type::f32 ? 1 : type == Type::bf16 ? 2 : 4; }
+
+// Rows of x: all dimensions but the last.
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+  sizes.push_back(last);
+  return sizes;
+}
+
+Tensor make(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype);
+}
+
+ScalarType scalar(Type type) {
+  switch (type) {
+    case Type::f32: return ScalarType::Float;
+    case Type::bf16: return ScalarType::BFloat16;
+    case Type::u8: return ScalarType::Byte;
+    default: return ScalarType::Char;
+  }
+}
+
+// The part of the arguments that all forms share. x is contiguous (…, K).
+LinearArgs common(const Tensor& x, const Tensor& panels, int64_t columns, const std::optional<Tensor>& bias) {
+  LinearArgs args = {};
+  args.x = bytes_of(x);
+  args.x_type = type_of(x);
+  args.rows = rows_of(x);
+  args.columns = columns;
+  args.k = x.size(x.dim() - 1);
+  args.x_stride = args.k;
+  args.panels = bytes_of(panels);
+  int64_t group = panels.size(3);
+  STD_TORCH_CHECK(panels.dim() == 4 && panels.size(2) == PANEL && panels.size(0) == (columns + PANEL - 1) / PANEL &&
+                      panels.size(1) == (args.k + group - 1) / group,
+                  "miss_cpu: the panels are not those of a weight (", columns, ", ", args.k, ")");
+  args.bias = bytes_of(bias);
+  args.bias_type = bias.has_value() ? type_of(*bias) : Type::f32;
+  return args;
+}
+
+Tensor pack_panels(const Tensor& weight, bool transposed, bool to_bf16) {
+  PackArgs args = {};
+  int64_t n = transposed ? 1 : 0;
+  args.from = bytes_of(weight);
+  args.from_type = type_of(weight);
+  args.to_type = to_bf16 ? Type::bf16 : args.from_type;
+  args.rows = weight.size(n);
+  args.k = weight.size(1 - n);
+  args.row_stride = weight.stride(n);
+  args.k_stride = weight.stride(1 - n);
+  int64_t group = group_of(args.to_type);
+  Tensor panels = make({(args.rows + PANEL - 1) / PANEL, (args.k + group - 1) / group, PANEL, group}, scalar(args.to_type));
+  args.panels = bytes_to(panels);
+  linear_kernels().pack(args);
+  return panels;
+}
+
+std::tuple<Tensor, Tensor> pack_int8(const Tensor& data) {
+  PackArgs args = {};
+  args.from = bytes_of(data);
+  args.from_type = args.to_type = Type::s8;
+  args.rows = data.size(0);
+  args.k = data.size(1);
+  args.row_stride = data.stride(0);
+  args.k_stride = data.stride(1);
+  Tensor panels = make({(args.rows + PANEL - 1) / PANEL, (args.k + 3) / 4, PANEL, 4}, ScalarType::Char);
+  Tensor offset = make({args.rows}, ScalarType::Int);
+  args.panels = bytes_to(panels);
+  args.offset = static_cast<int32_t*>(offset.mutable_data_ptr());
+  linear_kernels().pack(args);
+  return {panels, offset};
+}
+
+// y (…, N) in x's dtype, and x W^T + bias as it was before gelu (empty unless `keep`).
+std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& panels, int64_t columns,
+                                  const std::optional<Tensor>& bias, bool gelu, const std::optional<Tensor>& residual,
+                                  bool keep) {
+  LinearArgs args = common(x, panels, columns, bias);
+  STD_TORCH_CHECK(type_of(panels) == args.x_type, "miss_cpu::linear: x and the panels differ in dtype");
+  Tensor y = make(with_last(x, columns), x.scalar_type());
+  Tensor pre = make(keep ? with_last(x, columns) : std::vector<int64_t>{0}, x.scalar_type());
+  args.gelu = gelu;
+  args.residual = bytes_of(residual);
+  args.residual_stride = columns;
+  args.pre = keep ? bytes_to(pre) : nullptr;
+  args.y = bytes_to(y);
+  args.y_type = args.x_type;
+  linear_kernels().forward(args);
+  return {y, pre};
+}
+
+LinearArgs int8_args(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& panels, const Tensor& offset,
+                     const Tensor& scale, const std::optional<Tensor>& bias, bool gelu) {
+  LinearArgs args = common(x, panels, scale.size(0), bias);
+  STD_TORCH_CHECK((args.x_type == Type::u8) == x_scale.has_value(), "miss_cpu: codes come with scales, numbers without");
+  args.column_scale = scale.const_data_ptr<float>();
+  args.offset = offset.const_data_ptr<int32_t>();
+  args.row_scale = x_scale.has_value() ? x_scale->const_data_ptr<float>() : nullptr;
+  args.gelu = gelu;
+  return args;
+}
+
+// y (…, N) in `dtype` of x: float32, bf16, or codes with x_scale (…).
+Tensor linear_int8(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& panels, const Tensor& offset,
+                   const Tensor& scale, const std::optional<Tensor>& bias, bool gelu,
+                   const std::optional<Tensor>& residual, ScalarType dtype) {
+  LinearArgs args = int8_args(x, x_scale, panels, offset, scale, bias, gelu);
+  Tensor y = make(with_last(x, args.columns), dtype);
+  args.residual = bytes_of(residual);
+  args.residual_stride = args.columns;
+  args.y = bytes_to(y);
+  args.y_type = type_of(y);
+  linear_kernels().forward(args);
+  return y;
+}
+
+// The same, written as codes (…, N) and scales (…) for the next product.
+std::tuple<Tensor, Tensor> linear_int8_codes(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& panels,
+                                             const Tensor& offset, const Tensor& scale,
+                                             const std::optional<Tensor>& bias, bool gelu) {
+  LinearArgs args = int8_args(x, x_scale, panels, offset, scale, bias, gelu);
+  std::vector<int64_t> sizes = with_last(x, args.columns);
+  Tensor codes = make(sizes, ScalarType::Byte);
+  sizes.pop_back();
+  Tensor codes_scale = make(sizes, ScalarType::Float);
+  args.y_type = Type::f32;
+  args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  args.codes_scale = static_cast<float*>(codes_scale.mutable_data_ptr());
+  linear_kernels().forward(args);
+  return {codes, codes_scale};
+}
+
+std::tuple<Tensor, Tensor> quantise_rows(const Tensor& x) {
+  int64_t k = x.size(x.dim() - 1);
+  Tensor codes = make(with_last(x, k), ScalarType::Byte);
+  std::vector<int64_t> sizes = with_last(x, k);
+  sizes.pop_back();
+  Tensor scale = make(sizes, ScalarType::Float);
+  linear_kernels().quantise(bytes_of(x), type_of(x), rows_of(x), k, k, static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                            static_cast<float*>(scale.mutable_data_ptr()));
+  return {codes, scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
+  m.def("pack_panels(Tensor weight, bool transposed=False, bool to_bf16=False) -> Tensor");
+  m.def("pack_int8(Tensor data) -> (Tensor, Tensor)");
+  m.def(
+      "linear(Tensor x, Tensor panels, int columns, Tensor? bias, bool gelu, Tensor? residual, bool keep)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "linear_int8(Tensor x, Tensor? x_scale, Tensor panels, Tensor offset, Tensor scale, Tensor? bias, bool gelu,"
+      " Tensor? residual, ScalarType dtype) -> Tensor");
+  m.def(
+      "linear_int8_codes(Tensor x, Tensor? x_scale, Tensor panels, Tensor offset, Tensor scale, Tensor? bias, bool gelu)"
+      " -> (Tensor, Tensor)");
+  m.def("quantise_rows(Tensor x) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(miss_cpu, CPU, m) {
+  m.impl("pack_panels", TORCH_BOX(&pack_panels));
+  m.impl("pack_int8", TORCH_BOX(&pack_int8));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("linear_int8_codes", TORCH_BOX(&linear_int8_codes));
+  m.impl("quantise_rows", TORCH_BOX(&quantise_rows));
+}
+
+}  // namespace miss
