@@ -10,3 +10,4 @@
 
 #include "ceilings.inl.h"
 #include "linear.inl.h"
+#include "probe.inl.h"
