@@ -29,7 +29,7 @@ COMMON = [
     "-fno-trapping-math",
     "-ffp-contract=off",
 ]
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mprfchw"]
 AVX512F = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
     "avx2": AVX2,

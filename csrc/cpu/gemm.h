@@ -22,6 +22,8 @@ struct Rows {  // of A
 
 // At most CHUNK rows of A, from `a.data` on, times panels first … last - 1, on this thread.
 // epilogue(row, num_rows, column, num_columns, sums, stride) is called once a tile; `row` counts from first_row.
+// epilogue.prefetch(row, num_rows, column, num_columns) comes before the tile's product, in whose time the lines that
+// will be written can arrive.
 template <class Dot, class Epilogue>
 void multiply_chunk(const Rows& a, int64_t first_row, int num_rows, const char* panels, int64_t columns, int64_t first,
                     int64_t last, const Epilogue& epilogue) {
@@ -35,6 +37,7 @@ void multiply_chunk(const Rows& a, int64_t first_row, int num_rows, const char* 
       bool last_k = k + Dot::SPAN >= a.bytes;
       for (int r = 0; r < num_rows; r += ROWS) {
         int count = num_rows - r < ROWS ? num_rows - r : ROWS;
+        if (last_k) epilogue.prefetch(first_row + r, count, p * PANEL, num_columns);
         product<Dot>(count, a.data + r * a.stride + k, a.stride, bytes, panel + k / 4 * STEP, sums + r * PANEL, PANEL,
                      k == 0);
         if (last_k) epilogue(first_row + r, count, p * PANEL, num_columns, sums + r * PANEL, int64_t{PANEL});
@@ -76,10 +79,21 @@ void multiply(const Rows& a, int64_t rows, const char* panels, int64_t columns, 
   });
 }
 
-template <class Dot, class Epilogue>
+// An epilogue that is a plain function and writes nothing worth fetching.
+template <class Function>
+struct Plainly {
+  const Function& function;
+  void prefetch(int64_t, int, int64_t, int) const {}
+  template <class... Args>
+  void operator()(Args... args) const {
+    function(args...);
+  }
+};
+
+template <class Dot, class Function>
 void gemm(const char* a, int64_t rows, int64_t row_bytes, int64_t bytes, const char* panels, int64_t columns,
-          const Epilogue& epilogue) {
-  multiply<Dot>({a, row_bytes, bytes}, rows, panels, columns, epilogue);
+          const Function& function) {
+  multiply<Dot>({a, row_bytes, bytes}, rows, panels, columns, Plainly<Function>{function});
 }
 
 }  // namespace
