@@ -343,7 +343,7 @@ def _rows(
                 ratio_to_peer=None if best is None else _round(peers[best] / seconds, 4), peer=best,
                 ratios={name: _round(other / seconds, 4) for name, other in peers.items()},
                 ours=r.ours, chosen=r.chosen, repeats=len(r.seconds), calls=r.calls, flops=case.flops, bytes=moved,
-                ceiling_gflops=_round(rate / 1e9), ceiling_gbps=_round(bandwidth / 1e9), other_load=_round(load, 3),
+                ceiling_gflops=_round(rate / 1e9), ceiling_gbps=_round(bandwidth / 1e9), other_load=round(load, 3),
             )
         )  # fmt: skip
     return rows

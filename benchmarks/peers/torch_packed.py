@@ -14,6 +14,16 @@ from miss.kernels.quant_linear import PackedWeight
 from miss.kernels.quant_linear.packing import from_nibbles
 
 
+def missing(scheme: str, outputs: int, columns: int) -> str | None:
+    """torch 2.13's bfloat16 x int8 product reads beyond the rows of other widths: NaN at (64, 36), a segmentation fault
+    at (70, 36)."""
+    if scheme == "w8":
+        return None if columns % 16 == 0 else f"_weight_int8pack_mm wants multiples of 16 columns, got {columns}"
+    if outputs % 16 or columns % 64:
+        return f"_weight_int4pack_mm wants multiples of 16 rows and 64 columns, got ({outputs}, {columns})"
+    return None
+
+
 def weight_only(x: Tensor, weight: PackedWeight, bias: Tensor) -> Bound:
     """x @ unpack(weight).T + bias, the bias in a pass."""
     rows, shape = x.flatten(0, -2), (*x.shape[:-1], weight.shape[0])
