@@ -10,5 +10,6 @@
 #include "quantise.h"
 
 #include "ceilings.inl.h"
+#include "convert.inl.h"
 #include "linear.inl.h"
 #include "norm.inl.h"

@@ -4,7 +4,6 @@
 #include <stdint.h>
 
 #include "isa.h"
-#include "types.h"
 
 namespace miss {
 
@@ -48,8 +47,6 @@ struct NormKernels {
   void (*forward_bf16)(const NormForward&);
   void (*backward_f32)(const NormBackward&);
   void (*backward_bf16)(const NormBackward&);
-  void (*widen)(const bf16* from, float* to, int64_t count);
-  void (*narrow)(const float* from, bf16* to, int64_t count);
 };
 
 MISS_TABLE(NormKernels, norm_kernels)

@@ -192,18 +192,10 @@ void norm_backward(const NormBackward& n) {
     });
 }
 
-void widen(const bf16* from, float* to, int64_t count) {
-  spans(count, [&](int64_t i, auto span) { put(to + i, get(from + i, span), span); });
-}
-
-void narrow(const float* from, bf16* to, int64_t count) {
-  spans(count, [&](int64_t i, auto span) { put(to + i, get(from + i, span), span); });
-}
-
 }  // namespace
 
 extern const NormKernels norm_kernels = {norm_forward<float>, norm_forward<bf16>, norm_backward<float>,
-                                         norm_backward<bf16>, widen,              narrow};
+                                         norm_backward<bf16>};
 
 }  // namespace MISS_ISA
 }  // namespace miss

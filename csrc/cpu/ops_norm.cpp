@@ -2,6 +2,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "convert.h"
 #include "norm.h"
 #include "parallel.h"
 #include "torch_abi.h"
@@ -31,7 +32,7 @@ const float* as_floats(const Tensor& t, int64_t width, float* room) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == width && t.is_contiguous(), "layer_norm: a parameter is not (", width, ",)");
   if (type_of(t) == Type::f32) return t.const_data_ptr<float>();
   STD_TORCH_CHECK(type_of(t) == Type::bf16, "layer_norm: parameters are float32 or bfloat16");
-  norm_kernels().widen(reinterpret_cast<const bf16*>(bytes_of(t)), room, width);
+  convert_kernels().widen(reinterpret_cast<const bf16*>(bytes_of(t)), room, width);
   return room;
 }
 
