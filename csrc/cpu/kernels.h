@@ -9,7 +9,9 @@
 #include "gemm.h"
 #include "quantise.h"
 
+#include "attention.inl.h"
 #include "ceilings.inl.h"
 #include "convert.inl.h"
 #include "linear.inl.h"
 #include "norm.inl.h"
+#include "probe.inl.h"

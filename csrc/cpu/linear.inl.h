@@ -5,59 +5,99 @@ namespace miss {
 namespace MISS_ISA {
 namespace {
 
-// What becomes of a tile of sums. One for each pair of sums' and output's type.
+template <class T>
+vf part(const T* p, int n) {
+  return n == LANES ? load(p) : load_n(p, n);
+}
+template <class T>
+void put(T* p, vf v, int n) {
+  if (n == LANES) store(p, v);
+  else store_n(p, v, n);
+}
+vi part(const int32_t* p, int n) {
+  if (n == LANES) return load(p);
+  int32_t some[LANES] = {};
+  memcpy(some, p, static_cast<size_t>(n) * 4);
+  return load(some);
+}
+
+// What becomes of a tile of sums: numbers, plus bias, gelu, plus residual, stored as Out. Column by column, so that what
+// belongs to a column is loaded once for all rows of the tile.
 template <class Sum, class Out>
 struct Finish {
   const LinearArgs& args;
-  Out* y;              // the row `base` of the output
+  Out* y;                  // the row `base` of the output
   int64_t base;
-  const float* row_scale;  // of the row `base`
+  const float* row_scale;  // of the row `base`; nullptr where the sums are numbers already
 
-  vf number(const float* sums, int64_t, int64_t, int) const { return load(sums); }
+  struct Column {
+    vf scale, bias;
+    vi offset;
+  };
+
+  Column column(int64_t at, int n) const {
+    Column c = {set1(1.0f), zero(), zeroi()};
+    if (args.bias != nullptr)
+      c.bias = args.bias_type == Type::f32 ? part(reinterpret_cast<const float*>(args.bias) + at, n)
+                                           : part(reinterpret_cast<const bf16*>(args.bias) + at, n);
+    if (args.column_scale != nullptr) {
+      c.scale = part(args.column_scale + at, n);
+      c.offset = part(args.offset + at, n);
+    }
+    return c;
+  }
+
+  static vf number(const float* sums, const Column& c, const float*) { return add(load(sums), c.bias); }
 
   // (sum - 128 * the column's codes) * row's scale * column's scale
-  vf number(const int32_t* sums, int64_t row, int64_t column, int n) const {
-    vi offset = n == LANES ? load(args.offset + column) : load_ints(args.offset + column, n);
-    vf scale = n == LANES ? load(args.column_scale + column) : load_n(args.column_scale + column, n);
-    return mul(mul(to_float(subi(load(sums), offset)), set1(row_scale[row - base])), scale);
+  static vf number(const int32_t* sums, const Column& c, const float* row_scale) {
+    return fma(mul(to_float(subi(load(sums), c.offset)), set1(*row_scale)), c.scale, c.bias);
   }
 
-  static vi load_ints(const int32_t* p, int n) {
-    int32_t some[LANES] = {};
-    memcpy(some, p, static_cast<size_t>(n) * 4);
-    return load(some);
+  // `num_rows` rows of `n` columns. Pointers are to the first row.
+  template <bool GELU, bool KEEP, bool ADD>
+  static void strip(const Sum* sums, int64_t stride, int num_rows, int n, const Column& c, const float* scale, Out* to,
+                    Out* pre, const Out* residual, int64_t columns, int64_t residual_stride) {
+    for (int r = 0; r < num_rows; ++r) {
+      vf v = number(sums + r * stride, c, scale + r);
+      if (KEEP) put(pre + r * columns, v, n);
+      if (GELU) v = gelu(v);
+      if (ADD) v = add(v, part(residual + r * residual_stride, n));
+      put(to + r * columns, v, n);
+    }
   }
 
-  template <class T>
-  static vf part(const T* p, int n) {
-    return n == LANES ? load(p) : load_n(p, n);
-  }
-  static void put(Out* p, vf v, int n) {
-    if (n == LANES) store(p, v);
-    else store_n(p, v, n);
-  }
-
-  vf bias(int64_t column, int n) const {
-    if (args.bias_type == Type::f32) return part(reinterpret_cast<const float*>(args.bias) + column, n);
-    return part(reinterpret_cast<const bf16*>(args.bias) + column, n);
-  }
-
-  inline __attribute__((always_inline)) void vector(const Sum* sums, int64_t row, int64_t column, int n) const {
-    vf v = number(sums, row, column, n);
-    if (args.bias != nullptr) v = add(v, bias(column, n));
-    int64_t at = (row - base) * args.columns + column;
-    if (args.pre != nullptr) put(reinterpret_cast<Out*>(args.pre) + row * args.columns + column, v, n);
-    if (args.gelu) v = gelu(v);
-    if (args.residual != nullptr)
-      v = add(v, part(reinterpret_cast<const Out*>(args.residual) + row * args.residual_stride + column, n));
-    put(y + at, v, n);
+  void prefetch(int64_t row, int num_rows, int64_t column, int num_columns) const {
+    const char* to = reinterpret_cast<const char*>(y + (row - base) * args.columns + column);
+    for (int r = 0; r < num_rows; ++r, to += args.columns * static_cast<int64_t>(sizeof(Out)))
+      for (size_t at = 0; at < num_columns * sizeof(Out); at += 64) __builtin_prefetch(to + at, 1, 3);
   }
 
   void operator()(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride) const {
-    for (int r = 0; r < num_rows; ++r) {
-      int c = 0;
-      for (; c + LANES <= num_columns; c += LANES) vector(sums + r * stride + c, row + r, column + c, LANES);
-      if (c < num_columns) vector(sums + r * stride + c, row + r, column + c, num_columns - c);
+    Out* to = y + (row - base) * args.columns + column;
+    Out* pre = args.pre == nullptr ? nullptr : reinterpret_cast<Out*>(args.pre) + row * args.columns + column;
+    const Out* residual = args.residual == nullptr
+                              ? nullptr
+                              : reinterpret_cast<const Out*>(args.residual) + row * args.residual_stride + column;
+    const float* scale = row_scale == nullptr ? nullptr : row_scale + (row - base);
+    int64_t columns = args.columns, residual_stride = args.residual_stride;
+    int form = (args.gelu ? 1 : 0) + (pre != nullptr ? 2 : 0) + (residual != nullptr ? 4 : 0);
+    for (int c = 0; c < num_columns; c += LANES) {
+      int n = num_columns - c < LANES ? num_columns - c : LANES;
+      Column own = this->column(column + c, n);
+      auto run = [&](auto strip_of) {
+        strip_of(sums + c, stride, num_rows, n, own, scale, to + c, pre + c, residual + c, columns, residual_stride);
+      };
+      switch (form) {
+        case 0: run(strip<false, false, false>); break;
+        case 1: run(strip<true, false, false>); break;
+        case 2: run(strip<false, true, false>); break;
+        case 3: run(strip<true, true, false>); break;
+        case 4: run(strip<false, false, true>); break;
+        case 5: run(strip<true, false, true>); break;
+        case 6: run(strip<false, true, true>); break;
+        default: run(strip<true, true, true>); break;
+      }
     }
   }
 };
@@ -151,30 +191,86 @@ void forward(const LinearArgs& args) {
   else run<DotBf16>(args, false);
 }
 
-// One panel: 64 rows of `from` side by side, cut into groups along k.
+// LANES words of a row from column k on.
+inline vi words(const float* p, float) { return load(reinterpret_cast<const int32_t*>(p)); }
+inline vi words(const bf16* p, bf16) { return load(reinterpret_cast<const int32_t*>(p)); }
+inline vi words(const int8_t* p, int8_t) { return load(reinterpret_cast<const int32_t*>(p)); }
+inline vi words(const float* p, bf16) { return pair_bf16(load(p), load(p + LANES)); }
+
+// LANES words of group g from row r on, where rows lie side by side in memory.
+template <class From>
+inline vi side_by_side(const From* from, int64_t, float) {
+  return load(reinterpret_cast<const int32_t*>(from));
+}
+template <class From>
+inline vi side_by_side(const From* from, int64_t k_stride, bf16) {
+  return zip_bf16(from, from + k_stride);
+}
+
+// One panel: 64 rows of `from` side by side, cut into groups along k. Whole blocks of LANES rows by LANES groups in
+// registers (one element at a time took 0.42 ns, 17 % of the product of 577 rows at 768 x 768), edges by element.
+template <class From, class To>
+struct PanelPacker {
+  static constexpr int GROUP = 4 / sizeof(To);
+  const PackArgs& args;
+  const From* from;  // the panel's first row
+  To* to;
+  int64_t rows, k;  // of the panel
+
+  void by_element(int64_t r0, int64_t r1, int64_t k0, int64_t k1) const {
+    for (int64_t i = k0; i < k1; ++i)
+      for (int64_t r = r0; r < r1; ++r)
+        convert(from[r * args.row_stride + i * args.k_stride], to[(i / GROUP * PANEL + r) * GROUP + i % GROUP]);
+  }
+
+  int32_t* target(int64_t group, int64_t row) const { return reinterpret_cast<int32_t*>(to) + group * PANEL + row; }
+
+  void transposed_block(int64_t r, int64_t i) const {
+    vi block[LANES];
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; ++n) block[n] = words(from + (r + n) * args.row_stride + i, To{});
+    transpose(block);
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; ++n) store(target(i / GROUP + n, r), block[n]);
+  }
+
+  void pack() const {
+    constexpr int BLOCK = LANES * GROUP;
+    if (args.k_stride == 1) {
+      for (int64_t i = 0; i < k; i += BLOCK)
+        for (int64_t r = 0; r < rows; r += LANES) {
+          if (r + LANES <= rows && i + BLOCK <= k) transposed_block(r, i);
+          else by_element(r, r + LANES < rows ? r + LANES : rows, i, i + BLOCK < k ? i + BLOCK : k);
+        }
+      return;
+    }
+    bool vectors = args.row_stride == 1 && GROUP <= 2;
+    for (int64_t i = 0; i < k; i += GROUP)
+      for (int64_t r = 0; r < rows; r += LANES) {
+        if (vectors && r + LANES <= rows && i + GROUP <= k) pack_side_by_side(r, i);
+        else by_element(r, r + LANES < rows ? r + LANES : rows, i, i + GROUP < k ? i + GROUP : k);
+      }
+  }
+
+  void pack_side_by_side(int64_t r, int64_t i) const {
+    if constexpr (GROUP <= 2)
+      store(target(i / GROUP, r), side_by_side(from + r + i * args.k_stride, args.k_stride, To{}));
+  }
+};
+
 template <class From, class To>
 void pack_panel(const PackArgs& args, int64_t panel) {
   constexpr int GROUP = 4 / sizeof(To);
   int64_t groups = blocks(args.k, GROUP);
-  To* to = reinterpret_cast<To*>(args.panels) + panel * groups * PANEL * GROUP;
-  const From* from = reinterpret_cast<const From*>(args.from);
-  memset(static_cast<void*>(to), 0, static_cast<size_t>(groups) * STEP);
   int64_t rows = args.rows - panel * PANEL < PANEL ? args.rows - panel * PANEL : PANEL;
-  // Blocks of 16 x 64 elements: whichever of the two strides is 1, lines are used up while they are in L1.
-  for (int64_t k0 = 0; k0 < args.k; k0 += 64) {
-    int64_t k1 = k0 + 64 < args.k ? k0 + 64 : args.k;
-    for (int64_t r0 = 0; r0 < rows; r0 += 16) {
-      int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;
-      for (int64_t k = k0; k < k1; ++k)
-        for (int64_t r = r0; r < r1; ++r)
-          convert(from[(panel * PANEL + r) * args.row_stride + k * args.k_stride],
-                  to[(k / GROUP * PANEL + r) * GROUP + k % GROUP]);
-    }
-  }
+  To* to = reinterpret_cast<To*>(args.panels) + panel * groups * PANEL * GROUP;
+  if (rows < PANEL || args.k % GROUP != 0) memset(static_cast<void*>(to), 0, static_cast<size_t>(groups) * STEP);
+  const From* from = reinterpret_cast<const From*>(args.from) + panel * PANEL * args.row_stride;
+  PanelPacker<From, To>{args, from, to, rows, args.k}.pack();
   if (args.offset == nullptr) return;
   for (int64_t r = 0; r < rows; ++r) {
     int32_t total = 0;
-    for (int64_t k = 0; k < args.k; ++k) total += static_cast<int32_t>(as_code(to[(k / GROUP * PANEL + r) * GROUP + k % GROUP]));
+    for (int64_t k = 0; k < args.k; ++k) total += as_code(from[r * args.row_stride + k * args.k_stride]);
     args.offset[panel * PANEL + r] = 128 * total;
   }
 }
@@ -190,9 +286,68 @@ void pack(const PackArgs& args) {
   });
 }
 
+template <class Dot, class T>
+void packed_product_of(const PackedProductArgs& args) {
+  LinearArgs plain = {};
+  plain.columns = args.columns;
+  Finish<float, T> finish{plain, reinterpret_cast<T*>(args.y), 0, nullptr};
+  multiply_packed<Dot>(args.a, args.rows, args.k * static_cast<int64_t>(sizeof(T)), args.b, args.columns, finish);
+}
+
+void packed_product(const PackedProductArgs& args) {
+  if (args.type == Type::f32) packed_product_of<DotF32, float>(args);
+  else packed_product_of<DotBf16, bf16>(args);
+}
+
+template <class T>
+void gelu_backward_of(const T* dy, const T* pre, int64_t count, T* dz) {
+  parallel(blocks(count, 4096), 1, [&](int64_t begin, int64_t end) {
+    int64_t stop = end * 4096 < count ? end * 4096 : count;
+    for (int64_t i = begin * 4096; i < stop; i += LANES) {
+      int n = stop - i < LANES ? static_cast<int>(stop - i) : LANES;
+      put(dz + i, mul(part(dy + i, n), gelu_slope(part(pre + i, n))), n);
+    }
+  });
+}
+
+void gelu_backward(const char* dy, const char* pre, Type type, int64_t count, char* dz) {
+  if (type == Type::f32)
+    gelu_backward_of(reinterpret_cast<const float*>(dy), reinterpret_cast<const float*>(pre), count,
+                     reinterpret_cast<float*>(dz));
+  else
+    gelu_backward_of(reinterpret_cast<const bf16*>(dy), reinterpret_cast<const bf16*>(pre), count,
+                     reinterpret_cast<bf16*>(dz));
+}
+
+// Each thread its own columns, a line of them at a time; in spans of 256 rows, as the products' sums are.
+template <class T>
+void column_sums_of(const T* x, int64_t rows, int64_t columns, T* y) {
+  parallel(blocks(columns, PANEL), 1, [&](int64_t begin, int64_t end) {
+    int64_t stop = end * PANEL < columns ? end * PANEL : columns;
+    for (int64_t c = begin * PANEL; c < stop; c += LANES) {
+      int n = stop - c < LANES ? static_cast<int>(stop - c) : LANES;
+      vf total = zero();
+      for (int64_t r0 = 0; r0 < rows; r0 += 256) {
+        vf some = zero();
+        for (int64_t r = r0; r < rows && r < r0 + 256; ++r) some = add(some, part(x + r * columns + c, n));
+        total = add(total, some);
+      }
+      put(y + c, total, n);
+    }
+  });
+}
+
+void column_sums(const char* x, Type type, int64_t rows, int64_t columns, char* y) {
+  if (type == Type::f32)
+    column_sums_of(reinterpret_cast<const float*>(x), rows, columns, reinterpret_cast<float*>(y));
+  else
+    column_sums_of(reinterpret_cast<const bf16*>(x), rows, columns, reinterpret_cast<bf16*>(y));
+}
+
 }  // namespace
 
-extern const LinearKernels linear_kernels = {forward, pack, quantise};
+extern const LinearKernels linear_kernels = {forward,       pack,        packed_product,
+                                             gelu_backward, column_sums, quantise};
 
 }  // namespace MISS_ISA
 }  // namespace miss

@@ -52,13 +52,15 @@ inline float min_of(vf a) {
   return _mm_cvtss_f32(_mm_min_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
 
-// In two halves, so that subnormal results and the way to infinity are right: 2 ** n alone would need n in -126 … 127.
-inline vf power_of_two(vf n) {
+// a * 2 ** n for whole n. In two halves, so that subnormal results and the way to infinity are right: 2 ** n alone would
+// need n in -126 … 127.
+inline vf times_power_of_two(vf a, vf n) {
   vi whole = to_int(min(max(n, set1(-252.0f)), set1(254.0f)));
   vi half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
   auto power = [](vi e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, set1i(127)), 23)); };
-  return mul(power(half), power(rest));
+  return mul(mul(a, power(half)), power(rest));
 }
+inline vf power_of_two(vf n) { return times_power_of_two(set1(1.0f), n); }
 
 inline vi first(int n) {  // n in 0 … 8
   return _mm256_cmpgt_epi32(set1i(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -136,6 +138,42 @@ inline vi dot_u8s8(vi a, vi b, vi c) {
 // Whole numbers -127 … 127 to the nearest of each lane, ties to even, as unsigned codes: plus 128.
 inline void store_code(uint8_t* p, vf a) { store_byte(p, addi(to_int(a), set1i(128))); }
 inline void store_code_n(uint8_t* p, vf a, int n) { store_byte_n(p, addi(to_int(a), set1i(128)), n); }
+
+// 8 x 8 words, rows to columns.
+inline void transpose(vi (&m)[8]) {
+  vi t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    t[i] = i % 2 ? _mm256_unpackhi_epi32(m[i - 1], m[i]) : _mm256_unpacklo_epi32(m[i], m[i + 1]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    int j = i / 4 * 4;
+    vi a = t[j + (i % 4 >= 2 ? 1 : 0)], b = t[j + 2 + (i % 4 >= 2 ? 1 : 0)];
+    m[i] = i % 2 ? _mm256_unpackhi_epi64(a, b) : _mm256_unpacklo_epi64(a, b);
+  }
+  // m[4j + c] now holds columns c and 4 + c of rows 4j … 4j + 3, 128 bits each.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm256_permute2x128_si256(m[c], m[4 + c], 0x20);
+    t[4 + c] = _mm256_permute2x128_si256(m[c], m[4 + c], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) m[i] = t[i];
+}
+
+// 16 floats as bf16, in their order.
+inline vi pair_bf16(vf low, vf high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(to_bf16(low)), to_bf16(high), 1);
+}
+// Lane by lane: bf16 `low` below bf16 `high`.
+inline vi zip_bf16(const bf16* low, const bf16* high) {
+  return _mm256_or_si256(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)low)),
+                         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)high)), 16));
+}
+inline vi zip_bf16(const float* low, const float* high) {
+  return _mm256_or_si256(_mm256_cvtepu16_epi32(to_bf16(load(low))),
+                         _mm256_slli_epi32(_mm256_cvtepu16_epi32(to_bf16(load(high))), 16));
+}
 
 }  // namespace
 }  // namespace miss
