@@ -10,7 +10,7 @@ namespace miss {
 // The mask of kernels/dropout.py: element `index` is kept where its 16 bits of the hash are at least `threshold`.
 struct Dropout {
   bool on = false;
-  uint64_t seed = 0;
+  int64_t seed = 0;
   int32_t threshold = 0;
   float scale = 1.0f;  // of what is kept
 };
