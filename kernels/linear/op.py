@@ -2,7 +2,7 @@
 
 Knows its formula, its gradient and who computes it; does not know which layer asks.
 
-    y = x @ weight.T + bias + residual              x (…, K)  weight (N, K)  bias (N,) or None  residual, y (…, N) or None
+    y = x @ weight.T + bias + residual        x (…, K)  weight (N, K)  bias (N,) or None  residual (…, N) or None
 
 y in x's dtype, products accumulated in float32 (float64 in float64). Under autocast everything is in the autocast
 dtype.
@@ -139,9 +139,8 @@ def linear(
     """
     check_shapes("linear", x, weight, bias)
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
-        raise ValueError(
-            f"linear: residual is {tuple(residual.shape)}; wanted {(*x.shape[:-1], weight.shape[0])}, the result's shape"
-        )
+        shape = (*x.shape[:-1], weight.shape[0])
+        raise ValueError(f"linear: residual is {tuple(residual.shape)}; wanted {shape}, the result's shape")
     x, weight, bias, residual = autocast_to(x, weight, bias, residual)
     return FORWARD.call(_forward, x, weight, bias, residual, of_dtype(panels, x))
 
