@@ -31,7 +31,11 @@ def _runs(t: Tensor) -> bool:
 def _append_limits(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     if not v_cache.dtype == k_cache.dtype or not k.dtype == v.dtype or k.dtype not in CPU_DTYPES:
         return "takes float32 and bfloat16, k and v alike"
-    return None if _runs(k) and _runs(v) and _runs(k_cache) and _runs(v_cache) else "needs the heads of a row one behind another"
+    return (
+        None
+        if _runs(k) and _runs(v) and _runs(k_cache) and _runs(v_cache)
+        else "needs the heads of a row one behind another"
+    )
 
 
 def _reorder_limits(k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
