@@ -50,14 +50,16 @@ class Peer:
     bind: Callable[..., Bound]
     missing: str | None = None  # why it cannot run here
     tolerance: float | None = None  # where its arithmetic is another
+    results: int | None = None  # how many of the results it gives, where not all
 
 
 @dataclass(frozen=True)
 class Case:
     """One shape of one operation.
 
-    `make(generator)` gives one set of inputs, `call` takes it. `flops` and bytes are those of the formula: each input
-    read once, each output written once, nothing between. `truth` is the table's reference in float64 where None.
+    `make(generator)` gives one set of inputs, `call` takes it; `bind`, where there is something to prepare once (panels
+    of a weight), takes it and returns the call. `flops` and bytes are those of the formula: each input read once, each
+    output written once, nothing between. `truth` is `call` by the table's reference in float64 where None.
     """
 
     op: str  # the table's name
@@ -73,6 +75,7 @@ class Case:
     kind: str | None = None  # the compute ceiling: fp32, bf16, fp16, int8; by the first tensor's dtype where None
     truth: Callable[..., Any] | None = None
     tolerance: float | None = None
+    bind: Callable[..., Bound] | None = None
 
     @property
     def label(self) -> str:
@@ -133,6 +136,7 @@ class Runner:
     bind: Callable[..., Bound]
     choice: dict[str, str]
     tolerance: float
+    results: int | None = None
     error: float = math.nan
     error_absolute: float = math.nan
     calls: int = 1
@@ -204,8 +208,9 @@ def _sets(case: Case, cache: Cache, device: torch.device) -> list[tuple[Any, ...
 def _runners(case: Case, inputs: tuple[Any, ...], result: Result) -> list[Runner]:
     """Every row of the operation's table but the reference, and the peers; what cannot run goes to `skipped`."""
     seen: list[tuple[registry.Op, tuple[Any, ...], registry.Impl | None]] = []
+    bind = case.bind or _binder(case.call)
     with registry.watch(lambda *choice: seen.append(choice)):
-        case.call(*_mapped(inputs, torch.clone))
+        bind(*_mapped(inputs, torch.clone))()
     choices = [choice for choice in seen if choice[0].name == case.op]
     assert choices, f"{case.label}: its call chose {', '.join(c[0].name for c in seen) or 'nothing'}"
     op, args, chosen = choices[0]
@@ -217,12 +222,12 @@ def _runners(case: Case, inputs: tuple[Any, ...], result: Result) -> list[Runner
             result.skipped.append({**name, "implementation": impl.name, "reason": reason})
             continue
         ours = impl.name != "torch"
-        runners.append(Runner(impl.name, ours, impl is chosen, _binder(case.call), {case.op: impl.name}, tolerance))
+        runners.append(Runner(impl.name, ours, impl is chosen, bind, {case.op: impl.name}, tolerance))
     for peer in case.peers:
         if peer.missing:
             result.skipped.append({**name, "implementation": peer.name, "reason": peer.missing})
         else:
-            runners.append(Runner(peer.name, False, False, peer.bind, {}, peer.tolerance or tolerance))
+            runners.append(Runner(peer.name, False, False, peer.bind, {}, peer.tolerance or tolerance, peer.results))
     return runners
 
 
@@ -241,7 +246,7 @@ def _check(case: Case, runner: Runner, sets: list[tuple[Any, ...]]) -> str | Non
                 got = list(tensors(runner.bind(*_mapped(inputs, torch.clone))()))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        if len(got) < len(wanted):
+        if len(got) < len(wanted[: runner.results]):
             return f"{len(got)} results; wanted {len(wanted)}"
         for g, w in zip(got, wanted, strict=False):
             if g.shape != w.shape:

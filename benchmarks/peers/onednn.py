@@ -26,6 +26,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, after: Callable[[Tens
     return product if after is None else lambda: after(product())
 
 
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Bound:
+    """x @ weight.T + bias + residual, the sum in oneDNN's own epilogue."""
+    rows, shape = x.flatten(0, -2), (*x.shape[:-1], len(weight))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(rows))
+    run: Any = torch.ops.mkldnn._linear_pointwise.binary
+    return lambda: run(rows, residual, packed, bias, "add").view(shape)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Bound:
     """The exact GELU in oneDNN's own epilogue."""
     return _product(x, weight, bias, "gelu", "none")

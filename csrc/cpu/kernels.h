@@ -16,3 +16,4 @@
 #include "linear.inl.h"
 #include "norm.inl.h"
 #include "probe.inl.h"
+#include "top_k.inl.h"
