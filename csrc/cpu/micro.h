@@ -48,8 +48,9 @@ struct DotU8S8 {  // A 0 … 255, B -128 … 127
   static Acc multiply(vi a, vi b, Acc c) { return dot_u8s8(a, b, c); }
 };
 
+// Inlined by force: where the compiler calls it, all sums stand in memory, which halves attention's speed.
 template <class Dot, int NUM_ROWS, int NUM_VECS>
-inline void step_all(const char* const* a, int64_t at, const char* b, typename Dot::Acc (&acc)[NUM_ROWS][NUM_VECS]) {
+__attribute__((always_inline)) inline void step_all(const char* const* a, int64_t at, const char* b, typename Dot::Acc (&acc)[NUM_ROWS][NUM_VECS]) {
   vi columns[NUM_VECS];
 #pragma GCC unroll 4
   for (int v = 0; v < NUM_VECS; ++v) columns[v] = load(reinterpret_cast<const int32_t*>(b + v * LANES * 4));
