@@ -1,12 +1,14 @@
 """Builds csrc/ where PyTorch, pybind11 and a C++17 compiler are found; all else is in pyproject.toml.
 
-MISS_BUILD_CSRC  unset: build where possible, else go on without and say so in one line. 1: fail where impossible. 0: never.
+MISS_BUILD_CSRC  unset: build where possible, else go on without and say so in one line; 1: fail where impossible;
+                 0: never.
 MISS_SANITIZE    1: with address and undefined-behaviour sanitizers, for `make sanitize`.
 """
 
 import importlib.util
 import os
 import platform
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,7 +48,7 @@ def missing() -> str | None:
         return f"they are written for x86-64, this is {platform.machine()}"
     for package in ("torch", "pybind11"):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed where this builds (install it, then `pip install --no-build-isolation -e .`)"
+            return f"{package} is not installed where this builds: run `make setup`, or pip with --no-build-isolation"
     return None
 
 
@@ -59,9 +61,7 @@ class BuildCsrc(build_ext):
             if reason is None:
                 super().run()
         except Exception as error:  # whatever a compiler or its absence raises: the install goes on without kernels
-            if os.environ.get("MISS_BUILD_CSRC") == "1":
-                raise
-            reason = f"{type(error).__name__}: {error}"
+            reason = " ".join(str(error).split()) or type(error).__name__
         if reason is not None:
             if os.environ.get("MISS_BUILD_CSRC") == "1":
                 raise SystemExit(f"MISS_BUILD_CSRC=1, but the CPU kernels cannot be built: {reason}")
@@ -69,6 +69,9 @@ class BuildCsrc(build_ext):
             print(f"miss-engine: installed without its CPU kernels, PyTorch's run instead: {reason}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)[0]
+        if shutil.which(compiler) is None:
+            raise FileNotFoundError(f"no C++17 compiler is found: {compiler} (the variable CXX names another)")
         import pybind11
         import torch
 

@@ -10,18 +10,23 @@ import functools
 import importlib
 import importlib.util
 import os
+import platform
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-BUILD = "pip install --no-build-isolation -e . (or make setup) builds them where PyTorch and a C++17 compiler are found"
+X86 = ("x86_64", "amd64")
+BUILD = (
+    "run `make setup`, or `pip install --no-build-isolation -e .` where PyTorch, pybind11 and a C++17 compiler are "
+    "installed; with MISS_BUILD_CSRC=1 it says what is missing"
+)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is compiled and what of it this processor runs. `reason` says why nothing does; None where something does."""
+    """What is compiled and what of it this processor runs; `reason` says why nothing does, else None."""
 
     processor: str
     features: list[str]
@@ -31,15 +36,22 @@ class Report:
     reason: str | None
 
 
+def buildable() -> bool:
+    """Whether the kernels are written for this kind of processor."""
+    return platform.machine().lower() in X86
+
+
 @functools.cache
 def _module() -> ModuleType | str:
     """The compiled module, or why there is none."""
     if importlib.util.find_spec("miss.kernels._C") is None:
-        return f"the CPU kernels are not built: {BUILD}"
+        if not buildable():
+            return f"the CPU kernels are written for x86-64, this is {platform.machine()}"
+        return "the CPU kernels are not built (`miss doctor` says how)"
     try:
         return importlib.import_module("miss.kernels._C")
     except ImportError as error:  # built against another PyTorch or Python
-        return f"the CPU kernels do not load ({error}): build them again, {BUILD}"
+        return f"the CPU kernels do not load and want to be built again (`miss doctor` says how): {error}"
 
 
 @functools.cache

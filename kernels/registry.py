@@ -58,7 +58,7 @@ class Impl:
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
-    """`function` of miss.kernels.`module`, imported when it is first called: `Impl("cpu", lazy("linear.cpu_impl", …))`."""
+    """`function` of miss.kernels.`module`, imported at the first call: `Impl("cpu", lazy("linear.cpu_impl", …))`."""
     found: list[Callable[..., Any]] = []
 
     def run(*args: Any) -> Any:
@@ -272,10 +272,17 @@ class Op:
 
     def candidates(self, *args: Any) -> list[tuple[Impl, str | None]]:
         """Every implementation, the fastest first, with why it cannot run (None where it can)."""
+        return self._rows(lambda impl: self.why_not(impl, *args))
+
+    def here(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Impl, str | None]]:
+        """The same before arguments are known: what an implementation's `limits` say of shapes is left out."""
+        return self._rows(lambda impl: _misfit(impl, device, dtype))
+
+    def _rows(self, why_not: Callable[[Impl], str | None]) -> list[tuple[Impl, str | None]]:
         forced = _forced.get(self.name)
         rows = []
         for impl in self.impls:
-            reason = self.why_not(impl, *args)
+            reason = why_not(impl)
             if not reason and forced not in (None, impl.name):
                 reason = f"not asked for: {forced} is forced"
             rows.append((impl, reason))

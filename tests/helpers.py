@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from torch import Tensor
 from miss.kernels import extension
 from miss.kernels.registry import Op, use
 
-BESIDE = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+BESIDE = ROOT.parent / "shared" / "data"
 DEVICES = [
     "cpu",
     pytest.param(
@@ -46,6 +49,18 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data: {root} is not there and $MISS_DATA is not set")
     return root
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -c code` at the project's root: what is chosen once a process can be chosen anew there."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def check_error_rule(

@@ -5,7 +5,8 @@
 namespace miss {
 namespace {
 
-// e ** x, to 1.5 units in the last place; 0 at -infinity and below -104; infinity above 88.73; NaN at NaN.
+// e ** x, to 1.5 units in the last place, subnormal results included; 0 at -infinity and below -104; infinity above
+// 88.73; NaN at NaN.
 // Cephes' reduction and polynomial.
 inline vf exp(vf x) {
   vf bounded = min(set1(90.0f), max(set1(-105.0f), x));  // the operands' order hands NaN on
@@ -19,7 +20,7 @@ inline vf exp(vf x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(p, mul(r, r), add(r, set1(1.0f)));
-  return mul(p, power_of_two(n));
+  return times_power_of_two(p, n);  // p * power_of_two(n) would be infinity from 88.38 on
 }
 
 // The normal distribution function, to 1.1e-7: 1/2 + x * R(x^2), the polynomial R fitted on |x| <= 5.5 (beyond it the
@@ -37,9 +38,11 @@ inline vf normal_cdf(vf x) {
   return fma(bounded, r, set1(0.5f));
 }
 
-inline vf gelu(vf x) { return mul(x, normal_cdf(x)); }
+// x * Phi(x), to 6.1e-7 or float32's own rounding, whichever is more; NaN at NaN, infinity at infinity, within 6.1e-7 of
+// 0 at -infinity (PyTorch's is NaN). Below -5.5 the error of Phi, 2.6e-8, would count |x| times.
+inline vf gelu(vf x) { return mul(max(set1(-5.5f), x), normal_cdf(x)); }
 
-// The derivative of gelu: Phi(x) + x * phi(x).
+// The derivative of gelu, Phi(x) + x * phi(x), to 2e-7; NaN at NaN and, as PyTorch's, at both infinities.
 inline vf gelu_slope(vf x) {
   vf density = mul(set1(0.3989422804014327f), exp(mul(mul(x, x), set1(-0.5f))));
   return fma(x, density, normal_cdf(x));

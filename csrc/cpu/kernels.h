@@ -13,3 +13,4 @@
 #include "ceilings.inl.h"
 #include "linear.inl.h"
 #include "norm.inl.h"
+#include "probe.inl.h"

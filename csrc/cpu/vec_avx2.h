@@ -52,13 +52,15 @@ inline float min_of(vf a) {
   return _mm_cvtss_f32(_mm_min_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
 
-// In two halves, so that subnormal results and the way to infinity are right: 2 ** n alone would need n in -126 … 127.
-inline vf power_of_two(vf n) {
+// a * 2 ** n for whole n. In two halves, so that subnormal results and the way to infinity are right: 2 ** n alone would
+// need n in -126 … 127.
+inline vf times_power_of_two(vf a, vf n) {
   vi whole = to_int(min(max(n, set1(-252.0f)), set1(254.0f)));
   vi half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
   auto power = [](vi e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, set1i(127)), 23)); };
-  return mul(power(half), power(rest));
+  return mul(mul(a, power(half)), power(rest));
 }
+inline vf power_of_two(vf n) { return times_power_of_two(set1(1.0f), n); }
 
 inline vi first(int n) {  // n in 0 … 8
   return _mm256_cmpgt_epi32(set1i(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

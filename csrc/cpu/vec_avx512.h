@@ -38,6 +38,7 @@ inline vi subi(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 inline float max_of(vf a) { return _mm512_reduce_max_ps(a); }
 inline float min_of(vf a) { return _mm512_reduce_min_ps(a); }
+inline vf times_power_of_two(vf a, vf n) { return _mm512_scalef_ps(a, n); }  // a * 2 ** n for whole n, rounded once
 inline vf power_of_two(vf n) { return _mm512_scalef_ps(set1(1.0f), n); }  // 2 ** n for whole n; 0 and infinity beyond
 
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }  // n in 0 … 16

@@ -20,6 +20,8 @@ COMMANDS = {
     "convert": "translate checkpoints between ours, MISS, BLIP and Hugging Face",
     "quantize": "pack a checkpoint into int8 and int4",
     "data": "check and pack data sets",
+    "doctor": "show what is installed and works here, and what to do where answering does not",
+    "kernels": "list every operation's implementations and the CPU kernels' instruction sets",
     "explain": "show which implementation of each operation runs here, and why not the others",
 }
 

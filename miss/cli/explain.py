@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from miss.kernels import registry
+from miss.kernels import extension, registry
 from miss.kernels.attention import attention, attention_varlen
 from miss.kernels.cross_attention import KV, Tokens, cross_attention
 from miss.kernels.cross_entropy import linear_cross_entropy
@@ -199,7 +199,11 @@ def main(args: Args) -> int:
         if name not in table:
             raise ValueError(f"no operation named {name}{did_you_mean(name, list(table))}; known: {', '.join(table)}")
     choices = [choice for name in args.op or table for choice in observe(table[name])]
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    hardware, isa = "cpu", extension.isa()
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    elif isa:
+        hardware = f"cpu ({isa})"
     head = {"torch": torch.__version__, "device": hardware, "preset": args.preset, "forced": registry.environment()}
     if args.json:
         print(json.dumps({**head, "ops": [vars(choice) for choice in choices]}))
