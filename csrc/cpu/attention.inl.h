@@ -12,7 +12,6 @@ namespace attend {
 namespace {
 
 constexpr int64_t KEYS = 1088;  // of a block: 6 rows of scores of all keys of the longest image stay in cache
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 
 template <class Dot>
 struct Source {  // a source's head, packed
@@ -23,12 +22,6 @@ struct Source {  // a source's head, packed
 // What a strip of queries carries from block to block.
 struct Running {
   float top[ROWS], total[ROWS];
-};
-
-struct Drop {  // dropout of a row
-  const int16_t* fields;
-  int threshold;
-  float keep;
 };
 
 // Scores become probabilities relative to the running maximum, in place; zeros up to `padded`. Returns the factor that
@@ -221,8 +214,5 @@ void forward(const AttentionArgs& a) {
 
 }  // namespace
 }  // namespace attend
-
-extern const AttentionKernels attention_kernels = {attend::forward};
-
 }  // namespace MISS_ISA
 }  // namespace miss

@@ -1,5 +1,7 @@
 // What attention's forward and backward share: packing keys and values into panels, a product over part of a panel,
 // the power of two. Knows micro.h's panels; does not know queries.
+#pragma once
+
 #include "attention.h"
 #include "dropout.inl.h"
 #include "shuffle.h"
@@ -19,6 +21,14 @@ struct Element<DotBf16> {
   using Value = bf16;
   static constexpr int POWER_TERMS = 4;  // 3e-6, where the result is rounded to 4e-3
 };
+
+struct Drop {  // dropout of a row
+  const int16_t* fields;
+  int threshold;
+  float keep;
+};
+
+constexpr float LOG2E = 1.44269504088896341f;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
