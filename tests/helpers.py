@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
 from miss.kernels.registry import Op, use
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ DEVICES = [
         "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
     ),
 ]
+CPU_ROUTES = [] if extension.missing() else ["cpu"]  # the compiled kernels, where they are built
 Outputs = Tensor | tuple[Tensor, ...]
 
 
@@ -95,8 +97,10 @@ def route(name: str, op: Op) -> Iterator[None]:
     """Runs an operation's public function one way: an implementation by its name, or `custom`.
 
     `custom` is the custom operator over the table's own choice, which is what torch.compile calls; an eager call would
-    run a composite row directly.
+    run a composite row directly. The test skips where `cpu` is asked for and the kernels are not built.
     """
+    if name == "cpu" and (reason := extension.missing()):
+        pytest.skip(reason)
     if name != "custom":
         with use(**{op.name: name}):
             yield
@@ -106,3 +110,20 @@ def route(name: str, op: Op) -> Iterator[None]:
         yield
     finally:
         del op.call
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs PyTorch's pool with `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """The same values one element behind an aligned address."""
+    shifted = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+    return shifted.copy_(tensor)

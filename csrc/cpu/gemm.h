@@ -9,18 +9,13 @@ namespace miss {
 namespace {
 
 constexpr int CHUNK = 8 * ROWS;         // rows that share a panel while it is in L2, and whose A stays there
+constexpr int MOST_ROWS = PANEL;        // of a chunk: where A is packed, a chunk is a panel of it
 constexpr int64_t BLOCKS_A_THREAD = 8;  // with fewer blocks of rows, threads share out the panels instead
 
 inline int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 inline int64_t panel_bytes(int64_t bytes) { return blocks(bytes, 4) * STEP; }
 
-struct Rows {  // of A
-  const char* data;
-  int64_t stride;  // bytes from row to row
-  int64_t bytes;   // of a row
-};
-
-// At most CHUNK rows of A, from `a.data` on, times panels first … last - 1, on this thread.
+// At most MOST_ROWS rows of A times panels first … last - 1, on this thread.
 // epilogue(row, num_rows, column, num_columns, sums, stride) is called once a tile; `row` counts from first_row.
 // epilogue.prefetch(row, num_rows, column, num_columns) comes before the tile's product, in whose time the lines that
 // will be written can arrive.
@@ -28,7 +23,7 @@ template <class Dot, class Epilogue>
 void multiply_chunk(const Rows& a, int64_t first_row, int num_rows, const char* panels, int64_t columns, int64_t first,
                     int64_t last, const Epilogue& epilogue) {
   using Sum = typename Dot::Sum;
-  alignas(64) Sum sums[CHUNK * PANEL];
+  alignas(64) Sum sums[MOST_ROWS * PANEL];
   for (int64_t p = first; p < last; ++p) {
     const char* panel = panels + p * panel_bytes(a.bytes);
     int num_columns = static_cast<int>(columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL);
@@ -38,8 +33,7 @@ void multiply_chunk(const Rows& a, int64_t first_row, int num_rows, const char* 
       for (int r = 0; r < num_rows; r += ROWS) {
         int count = num_rows - r < ROWS ? num_rows - r : ROWS;
         if (last_k) epilogue.prefetch(first_row + r, count, p * PANEL, num_columns);
-        product<Dot>(count, a.data + r * a.stride + k, a.stride, bytes, panel + k / 4 * STEP, sums + r * PANEL, PANEL,
-                     k == 0);
+        product<Dot>(count, a.from(r, k, bytes), panel + k / 4 * STEP, sums + r * PANEL, PANEL, k == 0);
         if (last_k) epilogue(first_row + r, count, p * PANEL, num_columns, sums + r * PANEL, int64_t{PANEL});
       }
     }
@@ -65,7 +59,7 @@ void multiply(const Rows& a, int64_t rows, const char* panels, int64_t columns, 
   int64_t num_panels = blocks(columns, PANEL);
   if (split_rows(rows)) {
     for_chunks(rows, [&](int64_t row, int count) {
-      multiply_chunk<Dot>({a.data + row * a.stride, a.stride, a.bytes}, row, count, panels, columns, 0, num_panels,
+      multiply_chunk<Dot>(a.from(row, 0, a.bytes), row, count, panels, columns, 0, num_panels,
                           epilogue);
     });
     return;
@@ -73,8 +67,21 @@ void multiply(const Rows& a, int64_t rows, const char* panels, int64_t columns, 
   parallel(num_panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = 0; row < rows; row += CHUNK) {
       int count = static_cast<int>(rows - row < CHUNK ? rows - row : CHUNK);
-      multiply_chunk<Dot>({a.data + row * a.stride, a.stride, a.bytes}, row, count, panels, columns, begin, end,
+      multiply_chunk<Dot>(a.from(row, 0, a.bytes), row, count, panels, columns, begin, end,
                           epilogue);
+    }
+  });
+}
+
+// A packed in panels too (bytes of a row as given, rest of its last group zero): threads share out A's panels.
+template <class Dot, class Epilogue>
+void multiply_packed(const char* a, int64_t rows, int64_t bytes, const char* panels, int64_t columns,
+                     const Epilogue& epilogue) {
+  parallel(blocks(rows, PANEL), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      int count = static_cast<int>(rows - p * PANEL < PANEL ? rows - p * PANEL : PANEL);
+      multiply_chunk<Dot>({a + p * panel_bytes(bytes), 4, bytes, STEP}, p * PANEL, count, panels, columns, 0,
+                          blocks(columns, PANEL), epilogue);
     }
   });
 }

@@ -4,10 +4,13 @@
 
 #include "functions.h"
 #include "micro.h"
+#include "spans.h"
 
 #include "gemm.h"
 #include "quantise.h"
 
+#include "attention.inl.h"
 #include "ceilings.inl.h"
 #include "linear.inl.h"
+#include "norm.inl.h"
 #include "probe.inl.h"

@@ -41,11 +41,25 @@ struct PackArgs {
   int32_t* offset;  // int8: 128 times each row's sum; nullptr: not wanted
 };
 
+// y (rows, columns) = A B^T, both packed over the k that they share, which is the rows of a batch: a weight's gradient.
+struct PackedProductArgs {
+  const char* a;  // panels of `rows` rows
+  const char* b;  // panels of `columns` rows
+  Type type;      // of A, B and y: float32 or bf16
+  int64_t rows, columns, k;
+  char* y;
+};
+
 struct LinearKernels {
   // x float32 or bf16, quantised row by row first where the panels are int8; y_type Type::u8 asks for codes.
   void (*forward)(const LinearArgs& args);
   void (*pack)(const PackArgs& args);
   // codes (rows, k) u8 and scale (rows): x float32 or bf16, rows x_stride elements apart.
+  void (*packed_product)(const PackedProductArgs& args);
+  // dz = dy * gelu'(pre), `count` numbers of one type.
+  void (*gelu_backward)(const char* dy, const char* pre, Type type, int64_t count, char* dz);
+  // Sums over rows: x (rows, columns) -> y (columns), of one type.
+  void (*column_sums)(const char* x, Type type, int64_t rows, int64_t columns, char* y);
   void (*quantise)(const char* x, Type type, int64_t rows, int64_t k, int64_t x_stride, uint8_t* codes, float* scale);
 };
 

@@ -286,9 +286,68 @@ void pack(const PackArgs& args) {
   });
 }
 
+template <class Dot, class T>
+void packed_product_of(const PackedProductArgs& args) {
+  LinearArgs plain = {};
+  plain.columns = args.columns;
+  Finish<float, T> finish{plain, reinterpret_cast<T*>(args.y), 0, nullptr};
+  multiply_packed<Dot>(args.a, args.rows, args.k * static_cast<int64_t>(sizeof(T)), args.b, args.columns, finish);
+}
+
+void packed_product(const PackedProductArgs& args) {
+  if (args.type == Type::f32) packed_product_of<DotF32, float>(args);
+  else packed_product_of<DotBf16, bf16>(args);
+}
+
+template <class T>
+void gelu_backward_of(const T* dy, const T* pre, int64_t count, T* dz) {
+  parallel(blocks(count, 4096), 1, [&](int64_t begin, int64_t end) {
+    int64_t stop = end * 4096 < count ? end * 4096 : count;
+    for (int64_t i = begin * 4096; i < stop; i += LANES) {
+      int n = stop - i < LANES ? static_cast<int>(stop - i) : LANES;
+      put(dz + i, mul(part(dy + i, n), gelu_slope(part(pre + i, n))), n);
+    }
+  });
+}
+
+void gelu_backward(const char* dy, const char* pre, Type type, int64_t count, char* dz) {
+  if (type == Type::f32)
+    gelu_backward_of(reinterpret_cast<const float*>(dy), reinterpret_cast<const float*>(pre), count,
+                     reinterpret_cast<float*>(dz));
+  else
+    gelu_backward_of(reinterpret_cast<const bf16*>(dy), reinterpret_cast<const bf16*>(pre), count,
+                     reinterpret_cast<bf16*>(dz));
+}
+
+// Each thread its own columns, a line of them at a time; in spans of 256 rows, as the products' sums are.
+template <class T>
+void column_sums_of(const T* x, int64_t rows, int64_t columns, T* y) {
+  parallel(blocks(columns, PANEL), 1, [&](int64_t begin, int64_t end) {
+    int64_t stop = end * PANEL < columns ? end * PANEL : columns;
+    for (int64_t c = begin * PANEL; c < stop; c += LANES) {
+      int n = stop - c < LANES ? static_cast<int>(stop - c) : LANES;
+      vf total = zero();
+      for (int64_t r0 = 0; r0 < rows; r0 += 256) {
+        vf some = zero();
+        for (int64_t r = r0; r < rows && r < r0 + 256; ++r) some = add(some, part(x + r * columns + c, n));
+        total = add(total, some);
+      }
+      put(y + c, total, n);
+    }
+  });
+}
+
+void column_sums(const char* x, Type type, int64_t rows, int64_t columns, char* y) {
+  if (type == Type::f32)
+    column_sums_of(reinterpret_cast<const float*>(x), rows, columns, reinterpret_cast<float*>(y));
+  else
+    column_sums_of(reinterpret_cast<const bf16*>(x), rows, columns, reinterpret_cast<bf16*>(y));
+}
+
 }  // namespace
 
-extern const LinearKernels linear_kernels = {forward, pack, quantise};
+extern const LinearKernels linear_kernels = {forward,       pack,        packed_product,
+                                             gelu_backward, column_sums, quantise};
 
 }  // namespace MISS_ISA
 }  // namespace miss

@@ -63,26 +63,41 @@ inline void step_all(const char* const* a, int64_t at, const char* b, typename D
   }
 }
 
+// A's rows of one product: row r starts at data + r * stride, and its next 4 bytes stand `step` further: 4 where A is
+// row-major, STEP where A is itself packed in panels (then `stride` is 4 and its end is padded with zeros).
+struct Rows {
+  const char* data;
+  int64_t stride;
+  int64_t bytes;  // of a row
+  int64_t step = 4;
+
+  Rows from(int64_t row, int64_t k, int64_t some) const { return {data + row * stride + k / 4 * step, stride, some, step}; }
+};
+
 // sums (NUM_ROWS, columns of NUM_VECS vectors; `stride` apart) = or += rows of A times part of a panel.
-// a: the rows' first bytes. bytes: of a row. fresh: do not add what stands in sums.
+// fresh: do not add what stands in sums.
 template <class Dot, int NUM_ROWS, int NUM_VECS>
-inline void micro(const char* const* a, int64_t bytes, const char* b, typename Dot::Sum* sums, int64_t stride,
-                  bool fresh) {
+inline void micro(const Rows& a, const char* b, typename Dot::Sum* sums, int64_t stride, bool fresh) {
   typename Dot::Acc acc[NUM_ROWS][NUM_VECS];
-#pragma GCC unroll 6
-  for (int r = 0; r < NUM_ROWS; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < NUM_VECS; ++v) acc[r][v] = Dot::none();
   const char* rows[NUM_ROWS];
 #pragma GCC unroll 6
-  for (int r = 0; r < NUM_ROWS; ++r) rows[r] = a[r];
-  int64_t at = 0;
-  for (; at + 4 <= bytes; at += 4, b += STEP) step_all<Dot>(rows, at, b, acc);
-  if (at < bytes) {
+  for (int r = 0; r < NUM_ROWS; ++r) {
+    rows[r] = a.data + r * a.stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < NUM_VECS; ++v) acc[r][v] = Dot::none();
+  }
+  int64_t whole = a.bytes / 4, rest = a.bytes % 4, at = 0;
+  if (a.step == 4) {
+    for (int64_t g = 0; g < whole; ++g, at += 4, b += STEP) step_all<Dot>(rows, at, b, acc);
+  } else {
+    for (int64_t g = 0; g < whole + (rest != 0); ++g, at += a.step, b += STEP) step_all<Dot>(rows, at, b, acc);
+    rest = 0;
+  }
+  if (rest != 0) {  // only up to the row's own end
     int32_t words[NUM_ROWS] = {};
     const char* tails[NUM_ROWS];
     for (int r = 0; r < NUM_ROWS; ++r) {
-      memcpy(&words[r], rows[r] + at, static_cast<size_t>(bytes - at));
+      memcpy(&words[r], rows[r] + at, static_cast<size_t>(rest));
       tails[r] = reinterpret_cast<const char*>(&words[r]);
     }
     step_all<Dot>(tails, 0, b, acc);
@@ -96,24 +111,29 @@ inline void micro(const char* const* a, int64_t bytes, const char* b, typename D
     }
 }
 
-// The same for 1 to ROWS rows `row_bytes` apart and the panel's first `columns` (a multiple of VECS * LANES, at most 64).
+// The same for 1 to ROWS rows and the panel's first `columns` (a multiple of VECS * LANES, at most 64).
 template <class Dot>
-inline void product(int num_rows, const char* a, int64_t row_bytes, int64_t bytes, const char* panel,
-                    typename Dot::Sum* sums, int64_t stride, bool fresh, int columns = PANEL) {
-  const char* rows[ROWS];
-  for (int r = 0; r < num_rows; ++r) rows[r] = a + r * row_bytes;
+inline void product(int num_rows, const Rows& a, const char* panel, typename Dot::Sum* sums, int64_t stride, bool fresh,
+                    int columns = PANEL) {
   for (int part = 0; part * VECS * LANES < columns; ++part) {
     const char* b = panel + part * VECS * LANES * 4;
     typename Dot::Sum* to = sums + part * VECS * LANES;
     switch (num_rows) {
-      case 1: micro<Dot, 1, VECS>(rows, bytes, b, to, stride, fresh); break;
-      case 2: micro<Dot, 2, VECS>(rows, bytes, b, to, stride, fresh); break;
-      case 3: micro<Dot, 3, VECS>(rows, bytes, b, to, stride, fresh); break;
-      case 4: micro<Dot, 4, VECS>(rows, bytes, b, to, stride, fresh); break;
-      case 5: micro<Dot, 5, VECS>(rows, bytes, b, to, stride, fresh); break;
-      default: micro<Dot, 6, VECS>(rows, bytes, b, to, stride, fresh); break;
+      case 1: micro<Dot, 1, VECS>(a, b, to, stride, fresh); break;
+      case 2: micro<Dot, 2, VECS>(a, b, to, stride, fresh); break;
+      case 3: micro<Dot, 3, VECS>(a, b, to, stride, fresh); break;
+      case 4: micro<Dot, 4, VECS>(a, b, to, stride, fresh); break;
+      case 5: micro<Dot, 5, VECS>(a, b, to, stride, fresh); break;
+      default: micro<Dot, 6, VECS>(a, b, to, stride, fresh); break;
     }
   }
+}
+
+// Row-major A, `row_bytes` apart.
+template <class Dot>
+inline void product(int num_rows, const char* a, int64_t row_bytes, int64_t bytes, const char* panel,
+                    typename Dot::Sum* sums, int64_t stride, bool fresh, int columns = PANEL) {
+  product<Dot>(num_rows, Rows{a, row_bytes, bytes}, panel, sums, stride, fresh, columns);
 }
 
 }  // namespace

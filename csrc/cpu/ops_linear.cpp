@@ -24,6 +24,10 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   return sizes;
 }
 
+Tensor as_matrix(const Tensor& x, int64_t rows, int64_t columns) {
+  return torch::stable::reshape(x, std::vector<int64_t>{rows, columns});
+}
+
 Tensor make(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::empty(sizes, dtype);
 }
@@ -148,6 +152,43 @@ std::tuple<Tensor, Tensor> linear_int8_codes(const Tensor& x, const std::optiona
   return {codes, codes_scale};
 }
 
+// dx, dweight, dbias of y = gelu?(x W^T + bias): dy and pre (…, N), x (…, K), weight (N, K), all contiguous but the
+// weight and of one dtype. `pre` where there was a gelu. What is not wanted is empty.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                   const std::optional<Tensor>& pre, bool need_x, bool need_weight,
+                                                   bool need_bias) {
+  const LinearKernels& kernels = linear_kernels();
+  Type type = type_of(dy);
+  int64_t rows = rows_of(x), k = x.size(x.dim() - 1), columns = weight.size(0);
+  std::vector<int64_t> none{0};
+  Tensor dz = dy;
+  if (pre.has_value()) {
+    dz = make(with_last(dy, columns), dy.scalar_type());
+    kernels.gelu_backward(bytes_of(dy), bytes_of(*pre), type, rows * columns, bytes_to(dz));
+  }
+  Tensor dx = make(need_x ? with_last(x, k) : none, x.scalar_type());
+  if (need_x) {
+    LinearArgs args = {};
+    Tensor panels = pack_panels(weight, true, false);
+    args.x = bytes_of(dz);
+    args.x_type = args.y_type = type;
+    args.rows = rows;
+    args.columns = k;
+    args.k = args.x_stride = columns;
+    args.panels = bytes_of(panels);
+    args.y = bytes_to(dx);
+    kernels.forward(args);
+  }
+  Tensor dweight = make(need_weight ? std::vector<int64_t>{columns, k} : none, x.scalar_type());
+  if (need_weight) {
+    Tensor a = pack_panels(as_matrix(dz, rows, columns), true, false), b = pack_panels(as_matrix(x, rows, k), true, false);
+    kernels.packed_product({bytes_of(a), bytes_of(b), type, columns, k, rows, bytes_to(dweight)});
+  }
+  Tensor dbias = make(need_bias ? std::vector<int64_t>{columns} : none, x.scalar_type());
+  if (need_bias) kernels.column_sums(bytes_of(dz), type, rows, columns, bytes_to(dbias));
+  return {dx, dweight, dbias};
+}
+
 std::tuple<Tensor, Tensor> quantise_rows(const Tensor& x) {
   int64_t k = x.size(x.dim() - 1);
   Tensor codes = make(with_last(x, k), ScalarType::Byte);
@@ -173,6 +214,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
   m.def(
       "linear_int8_codes(Tensor x, Tensor? x_scale, Tensor panels, Tensor offset, Tensor scale, Tensor? bias, bool gelu)"
       " -> (Tensor, Tensor)");
+  m.def(
+      "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? pre, bool need_x, bool need_weight, bool need_bias)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def("quantise_rows(Tensor x) -> (Tensor, Tensor)");
 }
 
@@ -182,6 +226,7 @@ STABLE_TORCH_LIBRARY_IMPL(miss_cpu, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_int8_codes", TORCH_BOX(&linear_int8_codes));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("quantise_rows", TORCH_BOX(&quantise_rows));
 }
 

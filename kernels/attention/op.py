@@ -19,17 +19,26 @@ Gradient, with dP = M * (dout v^T): dS = P * (dP - sum_n P dP);  dq = scale dS k
 Source: arXiv 1706.03762; backward from lse as in arXiv 2205.14135.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from miss.kernels.attention import reference, torch_impl
+from miss.kernels import extension
+from miss.kernels.attention import limits, reference, torch_impl
 from miss.kernels.dropout import Seed, as_seed
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
+
+
+def _cpu(function: str, fits: Callable[..., str | None]) -> Impl:
+    run = lazy("attention.cpu_impl", function)
+    return Impl("cpu", run, device="cpu", dtypes=limits.CPU_DTYPES, needs=extension.missing, limits=fits)
+
 
 FORWARD = Op(
     "attention",
+    _cpu("forward", limits.forward),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
@@ -40,6 +49,7 @@ BACKWARD = Op(
 )
 VARLEN_FORWARD = Op(
     "attention_varlen",
+    _cpu("varlen_forward", limits.varlen_forward),
     Impl("torch", torch_impl.varlen_forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.varlen_forward, dtypes=ALL_FLOATS),
 )

@@ -30,15 +30,18 @@ Gradient, with dP = M * (dout v^T):  dS = P * (dP - sum_n P dP);  dq = scale dS 
 Source: arXiv 1706.03762; the absorbed form as in arXiv 2405.04434 (multi-head latent attention).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
+from miss.kernels.attention import limits
 from miss.kernels.attention.reference import log_sum_exp
 from miss.kernels.cross_attention import reference, torch_impl
 from miss.kernels.dropout import Seed, as_seed
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
 
 
 class KV(NamedTuple):
@@ -57,8 +60,20 @@ class Tokens(NamedTuple):
     b_v: Tensor | None
 
 
+def _cpu(function: str, fits: Callable[..., str | None]) -> Impl:
+    run = lazy("cross_attention.cpu_impl", function)
+    return Impl("cpu", run, device="cpu", dtypes=limits.CPU_DTYPES, needs=extension.missing, limits=fits)
+
+
+def _forward_fits(
+    q: Tensor, k: Tensor, v: Tensor, image_index: Tensor, lengths: Tensor | None, scale: float, *_: Any
+) -> str | None:
+    return limits.misfit(scale, q, k, v)
+
+
 FORWARD = Op(
     "cross_attention",
+    _cpu("kv_forward", _forward_fits),
     Impl("torch", torch_impl.kv_forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.kv_forward, dtypes=ALL_FLOATS),
 )

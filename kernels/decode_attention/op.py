@@ -16,11 +16,28 @@ No gradient: decoding is never trained through.
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
+from miss.kernels.attention import limits
 from miss.kernels.decode_attention import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+
+
+def _cpu_fits(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float
+) -> str | None:
+    return limits.misfit(scale, q, k_cache, v_cache)
+
 
 FORWARD = Op(
     "decode_attention",
+    Impl(
+        "cpu",
+        lazy("decode_attention.cpu_impl", "forward"),
+        device="cpu",
+        dtypes=limits.CPU_DTYPES,
+        needs=extension.missing,
+        limits=_cpu_fits,
+    ),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )

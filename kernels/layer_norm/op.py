@@ -15,32 +15,68 @@ Gradient, with xhat = (x - mean) * rstd and g = dy * weight, means over C, sums 
 Source: arXiv 1607.06450. The mask is that of `miss.kernels.dropout`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
 from miss.kernels.dropout import Seed, as_seed
 from miss.kernels.layer_norm import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
+
+CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def limits(x: Tensor, weight: Tensor, bias: Tensor, *_: object) -> str | None:
+    """What csrc/cpu/norm.inl.h does not take; None where it does."""
+    if weight.dtype not in CPU_DTYPES or bias.dtype not in CPU_DTYPES:
+        return "takes float32 and bfloat16 parameters"
+    if not (weight.is_contiguous() and bias.is_contiguous()):
+        return "takes contiguous parameters"
+    return None if weight.numel() else "needs at least one column"
+
+
+def add_limits(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *_: object) -> str | None:
+    return limits(x, weight, bias) if residual.dtype == x.dtype else "takes a residual of x's dtype"
+
+
+def _backward_limits(dy: Tensor, x: Tensor, weight: Tensor, *_: object) -> str | None:
+    return limits(x, weight, weight) if dy.dtype == x.dtype else "takes gradients of x's dtype"
+
+
+def _add_backward_limits(dy: Tensor, dsummed: Tensor, summed: Tensor, weight: Tensor, *_: object) -> str | None:
+    return _backward_limits(dy, summed, weight) or _backward_limits(dsummed, summed, weight)
+
+
+def cpu(function: str, limits: Callable[..., str | None]) -> Impl:
+    """The `cpu` row of one of this folder's tables."""
+    run = lazy("layer_norm.cpu_impl", function)
+    return Impl("cpu", run, device="cpu", dtypes=CPU_DTYPES, needs=extension.missing, limits=limits)
+
 
 FORWARD = Op(
     "layer_norm",
+    cpu("forward", limits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
     "layer_norm_backward",
+    cpu("backward", _backward_limits),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )
 ADD_FORWARD = Op(
     "add_layer_norm",
+    cpu("add_forward", add_limits),
     Impl("torch", torch_impl.add_forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.add_forward, dtypes=ALL_FLOATS),
 )
 ADD_BACKWARD = Op(
     "add_layer_norm_backward",
+    cpu("add_backward", _add_backward_limits),
     Impl("torch", torch_impl.add_backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.add_backward, dtypes=ALL_FLOATS),
 )
@@ -146,7 +182,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Raises:
         ValueError: weight or bias is not (C,).
     """
-    _check(x, weight, bias)
+    check(x, weight, bias)
     x, weight, bias = autocast_to(x, weight, bias, dtype=torch.float32)
     return FORWARD.call(_forward, x, weight, bias, eps)[0]
 
@@ -168,18 +204,19 @@ def add_layer_norm(
     Raises:
         ValueError: residual is not of x's shape, weight or bias is not (C,), dropout_p is not in [0, 1).
     """
-    _check(x, weight, bias)
-    if residual.shape != x.shape:
-        raise ValueError(f"add_layer_norm: residual is {tuple(residual.shape)}; wanted x's shape, {tuple(x.shape)}")
+    check(x, weight, bias, residual)
     x, residual, weight, bias = autocast_to(x, residual, weight, bias, dtype=torch.float32)
     args = (x, residual, weight, bias, eps, dropout_p, as_seed(seed, dropout_p))
     y, summed, _, _ = ADD_FORWARD.call(_add_forward, *args)
     return y, summed
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+    """Raises ValueError where shapes do not fit each other."""
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(
             f"layer norm over the last of {tuple(x.shape)}: weight is {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
             f"wanted ({x.shape[-1]},) for both"
         )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"add_layer_norm: residual is {tuple(residual.shape)}; wanted x's shape, {tuple(x.shape)}")

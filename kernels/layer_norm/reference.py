@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from miss.kernels.dropout import keep_mask
+from miss.kernels.quant_linear.packing import quantise_rows
 from miss.kernels.registry import accumulator
 
 Stats = tuple[Tensor, Tensor, Tensor]
@@ -69,3 +70,17 @@ def add_backward(
     total = dx + dsummed.to(acc)
     dx = (total * _scaled_mask(summed, dropout_p, seed)).to(summed.dtype, copy=True)
     return dx, total.to(summed.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def quantised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    acc = accumulator(x.dtype)
+    return quantise_rows(forward(x.to(acc), weight, bias, eps)[0])
+
+
+def add_quantised(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_y: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulator(x.dtype)
+    summed = (residual.to(acc) + x.to(acc)).to(x.dtype).contiguous()
+    y, _, _ = forward(summed.to(acc), weight, bias, eps)
+    return *quantise_rows(y), y.to(x.dtype, copy=True) if keep_y else x.new_empty(0), summed

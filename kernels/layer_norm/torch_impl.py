@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from miss.kernels.dropout import dropout
+from miss.kernels.quant_linear.packing import quantise_rows
 from miss.kernels.registry import accumulator
 
 
@@ -51,3 +52,15 @@ def add_backward(
     dx, dweight, dbias = backward(dy, summed, weight, mean, rstd)
     total = dx.add_(dsummed)
     return (dropout(total, dropout_p, seed) if dropout_p else total.clone()), total, dweight, dbias
+
+
+def quantised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return quantise_rows(forward(x, weight, bias, eps)[0])
+
+
+def add_quantised(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_y: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    summed = residual.contiguous() + x
+    y, _, _ = forward(summed, weight, bias, eps)
+    return *quantise_rows(y), y if keep_y else x.new_empty(0), summed

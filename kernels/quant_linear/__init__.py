@@ -4,11 +4,14 @@ from miss.kernels.quant_linear.op import quant_embedding, quant_linear
 from miss.kernels.quant_linear.packing import (
     PackedWeight,
     PackingError,
+    QuantRows,
+    dequantise_rows,
     from_flat,
     pack_codes,
     pack_int4,
     pack_int8,
     packed_names,
+    quantise_rows,
     to_flat,
     unpack,
 )
@@ -16,6 +19,8 @@ from miss.kernels.quant_linear.packing import (
 __all__ = [
     "PackedWeight",
     "PackingError",
+    "QuantRows",
+    "dequantise_rows",
     "from_flat",
     "pack_codes",
     "pack_int4",
@@ -23,6 +28,7 @@ __all__ = [
     "packed_names",
     "quant_embedding",
     "quant_linear",
+    "quantise_rows",
     "to_flat",
     "unpack",
 ]

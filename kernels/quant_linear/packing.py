@@ -50,6 +50,35 @@ class PackedWeight(NamedTuple):
         return sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
 
 
+class QuantRows(NamedTuple):
+    """Rows as int8 numbers, in the form that passes from one operation to the next.
+
+    x[…, k] = (codes[…, k] - 128) * scale[…]            codes uint8 (…, K) in 1 … 255; scale float32 (…)
+
+    The codes are those of round(x / scale), ties to even, plus 128: unsigned, because the processors' products take
+    unsigned times signed bytes. scale = max|row| / 127 (1 where the row is all zero, at least the smallest normal
+    float32); a row that holds NaN or infinity has the scale NaN and codes 128.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+def quantise_rows(x: Tensor) -> QuantRows:
+    """x (…, K) as codes and a scale a row, from float32 values (from float64 ones in float64)."""
+    xf = x if x.dtype == torch.float64 else x.float()
+    largest = xf.abs().amax(-1) if x.shape[-1] else xf.new_zeros(x.shape[:-1])
+    scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)  # NaN stays NaN
+    scale = torch.where(largest == 0, 1.0, torch.where(largest.isinf(), torch.nan, scale))
+    codes = torch.nan_to_num(torch.round(xf / scale[..., None]), nan=0.0) + 128
+    return QuantRows(codes.to(torch.uint8), scale.float())
+
+
+def dequantise_rows(rows: QuantRows, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers (…, K) that `rows` stands for."""
+    return ((rows.codes.to(torch.float32) - 128) * rows.scale[..., None]).to(dtype)
+
+
 def pack_int8(weight: Tensor, dynamic: bool = False) -> PackedWeight:
     """Symmetric, a scale a row: round(w / scale) with scale = max|row| / 127.
 

@@ -18,7 +18,7 @@ from miss.kernels.cross_entropy import linear_cross_entropy
 from miss.kernels.decode_attention import decode_attention
 from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.kv_cache import kv_append, kv_reorder
-from miss.kernels.layer_norm import add_layer_norm, layer_norm
+from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import pack_int4, pack_int8, quant_embedding, quant_linear
 from miss.models.config import MissConfig, did_you_mean
@@ -115,6 +115,12 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "layer_norm": lambda: layer_norm(s.leaf(*image), s.leaf(wide), s.leaf(wide)),
         "add_layer_norm": lambda: add_layer_norm(
             s.leaf(*text), s.leaf(*text), s.leaf(width), s.leaf(width), dropout_p=0.1, seed=1
+        ),
+        "layer_norm_quantised": lambda: layer_norm_quantised(
+            s.leaf(*image).detach(), s.leaf(wide).detach(), s.leaf(wide).detach()
+        ),
+        "add_layer_norm_quantised": lambda: add_layer_norm_quantised(
+            s.leaf(*text).detach(), s.leaf(*text).detach(), s.leaf(width).detach(), s.leaf(width).detach()
         ),
         "gelu_mlp": lambda: gelu_mlp(s.leaf(*image), s.leaf(inner, wide), s.leaf(inner)),
         "attention": attend,

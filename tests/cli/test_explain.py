@@ -42,7 +42,7 @@ def test_forced_implementations_are_shown(capsys, monkeypatch):
 
 def test_what_cannot_run_is_said(capsys, monkeypatch):
     registry.load_all()
-    torch_row = OPS["layer_norm"].impls[0]
+    torch_row = next(impl for impl in OPS["layer_norm"].impls if impl.name == "torch")
     monkeypatch.setattr(registry, "_forced", Forced("layer_norm=torch"))
     monkeypatch.setattr(OPS["layer_norm"], "why_not", lambda impl, *_: "needs a miracle" if impl is torch_row else None)
     assert run(["explain", "--device", "cpu", "--op", "layer_norm"]) == 0

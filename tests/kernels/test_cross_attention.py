@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from miss.kernels.cross_attention import KV, Tokens, cross_attention, op, torch_impl
 from miss.kernels.dropout import as_seed, keep_mask
-from tests.helpers import assert_as_good_as, check_error_rule, route
+from tests.helpers import CPU_ROUTES, assert_as_good_as, check_error_rule, route
 
-ROUTES = ["torch", "reference", "custom"]
+OTHER_ROUTES = ["torch", "reference", "custom"]
+ROUTES = [*CPU_ROUTES, *OTHER_ROUTES]
 SEED, P = 23, 0.3
 PATTERNS = {
     "one-each": [1, 1, 1],
@@ -71,7 +72,8 @@ def plain_tokens(
 
 @contextmanager
 def both(way: str) -> Iterator[None]:
-    with route(way, op.FORWARD), route(way, op.TOKENS_FORWARD):
+    tokens = "custom" if way == "cpu" and "cpu" not in op.TOKENS_FORWARD.names else way
+    with route(way, op.FORWARD), route(tokens, op.TOKENS_FORWARD):
         yield
 
 
@@ -143,7 +145,7 @@ def test_error_rule(form: str, pattern: str, way: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("keys", [1, 197, 257, 577, 901])
 @pytest.mark.parametrize("form", CASES)
 def test_error_rule_at_image_lengths(form: str, keys: int, dtype: torch.dtype) -> None:
-    for way, counts, width in (("torch", [2, 1], 64), ("custom", [2, 2], 32)):
+    for way, counts, width in (("torch", [2, 1], 64), ("custom", [2, 2], 32), *((w, [3, 1], 64) for w in CPU_ROUTES)):
         torch.manual_seed(0)
         ours, textbook, inputs = CASES[form](counts, (5, keys, 1, width), None, 0.0)
         with both(way):
@@ -168,7 +170,8 @@ def test_any_groups_and_lengths(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         valid = int32(data.draw(st.lists(st.integers(0, keys), min_size=len(counts), max_size=len(counts))))
     form, way = data.draw(st.sampled_from(list(CASES))), data.draw(st.sampled_from(ROUTES))
-    shape = (data.draw(st.integers(1, 9)), keys, data.draw(st.integers(1, 3)), data.draw(st.sampled_from([32, 64, 5])))
+    width = data.draw(st.sampled_from([32, 64] if way == "cpu" else [32, 64, 5]))
+    shape = (data.draw(st.integers(1, 9)), keys, data.draw(st.integers(1, 3)), width)
     dropout_p, worth = data.draw(st.sampled_from([0.0, P])), data.draw(st.sampled_from([0.0, 1e5, 1e18]))
     torch.manual_seed(0)
     ours, textbook, inputs = CASES[form](counts, shape, valid, dropout_p)
@@ -332,7 +335,7 @@ def test_autocast(form: str, way: str) -> None:
     assert_as_good_as(out, textbook(*(t.bfloat16() for t in leaves)), textbook(*(t.double() for t in leaves)))
 
 
-@pytest.mark.parametrize("way", ["torch", "reference"])
+@pytest.mark.parametrize("way", [*CPU_ROUTES, "torch", "reference"])
 def test_an_index_that_is_unsorted_or_out_of_range(way: str) -> None:
     q, kv = torch.randn(3, 2, 2, 32), torch.randn(2, 5, 2, 32)
     with both(way):

@@ -8,12 +8,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from miss.kernels.dropout import as_seed, keep_mask
-from miss.kernels.layer_norm import add_layer_norm, layer_norm, op
-from tests.helpers import assert_as_good_as, check_error_rule, route
+from miss.kernels.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_quantised,
+    layer_norm,
+    layer_norm_quantised,
+    op,
+    quantised,
+)
+from miss.kernels.layer_norm.quantised import ADD_QUANTISED, QUANTISED
+from miss.kernels.quant_linear import QuantRows, dequantise_rows, quantise_rows
+from miss.kernels.registry import use
+from tests.helpers import assert_as_good_as, check_error_rule, route, threads, unaligned
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 197, 96), (1, 577, 64), (3, 257, 13), (1, 1, 1023), (7,), (0, 5, 8), (5, 17)]
-ROUTES = ["torch", "reference", "custom"]
+ROUTES = ["torch", "reference", "custom", "cpu"]
+ROUTED = [(name, dtype) for name in ROUTES for dtype in DTYPES if name != "cpu" or dtype in op.CPU_DTYPES]
 
 
 def parameters(width: int) -> tuple[Tensor, Tensor]:
@@ -24,8 +35,7 @@ def plain(x, w, b):
     return F.layer_norm(x, x.shape[-1:], w, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize(("name", "dtype"), ROUTED, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_rule(shape, name, dtype):
     torch.manual_seed(0)
@@ -73,7 +83,7 @@ def test_strides_do_not_matter(name):
 )
 def test_any_size(rows, width, scale, shift):
     x, (w, b) = torch.randn(rows, width) * scale + shift, parameters(width)
-    for name in ("torch", "reference"):
+    for name in ("torch", "reference", "cpu"):
         with route(name, op.FORWARD):
             got = layer_norm(x, w, b)
         # Deviations of 1e-3 around 9 lose four digits to cancellation, in a few random places the more.
@@ -91,7 +101,7 @@ def test_statistics_are_float32_under_half_inputs():
     """A large mean: statistics in bfloat16 would lose the deviations altogether."""
     x, w, b = (torch.randn(4, 256) + 64).bfloat16(), torch.ones(256).bfloat16(), torch.zeros(256).bfloat16()
     exact = x.double()
-    for name in ("torch", "reference"):
+    for name in ("torch", "reference", "cpu"):
         with route(name, op.FORWARD):
             _, mean, rstd = op.FORWARD(x, w, b, 1e-5)
         assert mean.dtype == rstd.dtype == torch.float32
@@ -195,3 +205,134 @@ def test_compiles_without_a_break():
             torch.testing.assert_close(got, wanted)
             for g, e in zip(torch.autograd.grad(got, (x, w, b)), torch.autograd.grad(wanted, (x, w, b)), strict=True):
                 torch.testing.assert_close(g, e)
+
+
+def everything(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> list[Tensor]:
+    """Every output and gradient of the `cpu` rows, the codes too; no weight gradients, which sum over the rows."""
+    x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+    with route("cpu", op.ADD_FORWARD), route("cpu", op.FORWARD):
+        y, summed = add_layer_norm(x, residual, w, b)
+        plain_y = layer_norm(x, w, b)
+        grads = torch.autograd.grad([y, summed, plain_y], [x, residual], [x.detach(), y.detach(), y.detach()])
+    with use(add_layer_norm_quantised="cpu", layer_norm_quantised="cpu"), torch.no_grad():
+        rows, kept, total = add_layer_norm_quantised(x, residual, w, b, keep_y=True)
+        return [y, summed, plain_y, *grads, *rows, kept, total, *layer_norm_quantised(x, w, b)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [768, 67])
+def test_cpu_rows_do_not_see_their_batch_or_the_threads(width, dtype):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 257, width).to(dtype)
+    w, b = parameters(width)
+    whole = everything(x, residual, w, b)
+    for count in (2, 3):
+        with threads(count):
+            assert all(map(torch.equal, everything(x, residual, w, b), whole))
+    for at in (slice(256, 257), slice(100, 103)):
+        alone = everything(unaligned(x[at]), unaligned(residual[at]), w, b)
+        assert all(torch.equal(a, t[at]) for a, t in zip(alone, whole, strict=True))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_cpu_weight_gradients_do_not_see_the_threads(count):
+    torch.manual_seed(0)
+    x, (w, b) = torch.randn(577, 96), leaves(*parameters(96))
+    with route("cpu", op.FORWARD):
+        one = torch.autograd.grad(layer_norm(x, w, b), (w, b), x)
+        with threads(count):
+            assert all(map(torch.equal, torch.autograd.grad(layer_norm(x, w, b), (w, b), x), one))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_bits_are_the_same_in_a_kernel(dtype):
+    """Rows that begin in the middle of a hashed word, and gradients through the mask."""
+    for width in (1, 3, 31, 64, 67):
+        x, residual, (w, b) = torch.ones(19, width, dtype=dtype), torch.zeros(19, width, dtype=dtype), parameters(width)
+        x.requires_grad_()
+        results = []
+        for name in ("reference", "cpu"):
+            with route(name, op.ADD_FORWARD):
+                _, summed = add_layer_norm(x, residual, w, b, dropout_p=0.3, seed=-(2**60) + 11)
+                results.append((summed, torch.autograd.grad(summed, x, x.detach())[0]))
+        assert all(map(torch.equal, *results)) and 0 < (results[0][0] == 0).sum() < 19 * width
+
+
+def test_cpu_nan_and_infinity_stay_in_their_rows():
+    x, (w, b) = torch.randn(5, 67), parameters(67)
+    bad = x.clone()
+    bad[1, 3], bad[3, 66] = float("nan"), float("inf")
+    good = [0, 2, 4]
+    with route("cpu", op.FORWARD):
+        got, wanted = layer_norm(bad, w, b), layer_norm(x, w, b)
+    assert torch.equal(got[good], wanted[good]) and got[[1, 3]].isnan().all()
+
+
+QUANTISED_WAYS = ["torch", "reference", "cpu"]
+
+
+def check_rows(rows: QuantRows, exact: Tensor, slack: float) -> None:
+    """Codes within half a step of the truth, and `slack` more: what the values before them may be off."""
+    largest = exact.abs().amax(-1)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    assert (rows.codes.dtype, rows.scale.dtype) == (torch.uint8, torch.float32)
+    assert ((rows.scale - scale).abs() <= slack * largest / 127 + 1e-30).all()
+    assert rows.codes.numel() == 0 or rows.codes.min() >= 1
+    error = (dequantise_rows(rows, torch.float64) - exact).abs()
+    assert (error <= (scale * (0.5 + 127 * slack) + slack)[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("way", QUANTISED_WAYS)
+@pytest.mark.parametrize("shape", [(2, 37, 96), (577, 67), (0, 5), (3,), (9, 768)], ids=str)
+def test_quantised(shape, way, dtype):
+    if way == "cpu" and dtype not in op.CPU_DTYPES:
+        pytest.skip("float32 and bfloat16 alone")
+    torch.manual_seed(0)
+    x, residual, (w, b) = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), parameters(shape[-1])
+    slack = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    with route(way, QUANTISED), route(way, ADD_QUANTISED):
+        alone = layer_norm_quantised(x, w, b)
+        rows, y, summed = add_layer_norm_quantised(x, residual, w, b, keep_y=True)
+        same, none, _ = add_layer_norm_quantised(x, residual, w, b)
+    check_rows(alone, plain(x.double(), w.double(), b.double()), slack)
+    assert torch.equal(summed, residual + x) and none is None
+    exact = plain(summed.double(), w.double(), b.double())
+    check_rows(rows, exact, slack)
+    assert torch.equal(rows.codes, same.codes) and torch.equal(rows.scale, same.scale)
+    assert_as_good_as(y, plain(summed, w.to(dtype), b.to(dtype)), exact)
+
+
+def test_quantised_codes_are_those_of_the_definition():
+    """The kernel divides by a reciprocal with a correction; ties and the ends of the range must come out as divided."""
+    torch.manual_seed(0)
+    x, (w, b) = torch.randn(300, 100), parameters(100)
+    with route("cpu", QUANTISED), route("cpu", op.FORWARD):
+        rows, y = layer_norm_quantised(x, w, b), layer_norm(x, w, b)
+    wanted = quantise_rows(y)
+    assert torch.equal(rows.codes, wanted.codes) and torch.equal(rows.scale, wanted.scale)
+    assert rows.codes.min() == 1 and rows.codes.max() == 255
+
+
+@pytest.mark.parametrize("way", QUANTISED_WAYS)
+def test_quantised_rows_of_zeros_nan_and_infinity(way):
+    x, w, b = torch.randn(4, 67), torch.ones(67), torch.zeros(67)
+    x[0], x[2, 66], x[3, 0] = 3.0, float("nan"), float("-inf")
+    with route(way, QUANTISED):
+        codes, scale = layer_norm_quantised(x, w, b)
+    assert (codes[[0, 2, 3]] == 128).all() and (codes[1] != 128).any()
+    assert scale[0] == 1 and scale[[2, 3]].isnan().all()
+
+
+def test_quantised_opcheck_and_compile():
+    checks = ("test_schema", "test_faketensor")
+    x, (w, b) = torch.randn(4, 3, 8), parameters(8)
+    torch.library.opcheck(quantised._quantised, (x, w, b, 1e-5), test_utils=checks)
+    for keep in (True, False):
+        torch.library.opcheck(quantised._add_quantised, (x, x + 1, w, b, 1e-5, keep), test_utils=checks)
+    compiled = torch.compile(
+        lambda x: add_layer_norm_quantised(x, x, w, b)[0].codes.sum(), fullgraph=True, backend="aot_eager"
+    )
+    assert compiled(x) == add_layer_norm_quantised(x, x, w, b)[0].codes.sum()
+    with pytest.raises(ValueError, match="wanted"):
+        add_layer_norm_quantised(x, x[:1], w, b)

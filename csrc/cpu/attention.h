@@ -1,0 +1,61 @@
+// Attention of queries over the keys and values of sources: one table for self-attention, packed sequences,
+// cross-attention by index and decoding, which differ only in which queries read which source.
+#pragma once
+
+#include <stdint.h>
+
+#include "isa.h"
+#include "types.h"
+
+namespace miss {
+
+// A source of keys and values, and the queries that read it: `rows` times `tokens` of them, in order.
+struct AttentionGroup {
+  int64_t k, v;        // bytes to its first key and value, head 0
+  int64_t keys;        // how many are valid
+  int64_t q, out;      // bytes to the first query and output, head 0
+  int64_t lse;         // elements to the first log-sum-exp, head 0
+  int64_t mask;        // index of the first element of dropout's mask, head 0
+  int64_t rows, tokens;
+  int64_t first_task;  // number of the group's first task: there are heads * chunks of its queries
+};
+
+struct AttentionArgs {
+  Type type;  // of q, k, v, out: f32 or bf16
+  const char *q, *k, *v;
+  char* out;
+  float* lse;
+  int64_t heads, width;                      // width: a multiple of 32, at most 64 or a multiple of 64
+  int64_t q_row, q_token, q_head;            // bytes
+  int64_t k_token, k_head, v_token, v_head;  // bytes
+  int64_t out_row, out_token, out_head;      // bytes
+  int64_t lse_row, lse_token, lse_head;      // elements
+  float scale;                               // above 0
+  bool causal;
+  int64_t shift;                             // causal: token t sees keys up to t + shift
+  bool dropout;
+  int64_t seed, mask_row, mask_token, mask_head;
+  int threshold;                             // an element is kept where its 16 bits are at least this
+  float keep;                                // 1 / (1 - p)
+  const AttentionGroup* groups;
+  int64_t num_groups, num_tasks, grain;
+};
+
+// What the backward needs beside: dout and out with the strides of out; gradients contiguous, dk and dv one a source.
+struct AttentionGradArgs {
+  AttentionArgs forward;
+  const char *dout, *out;
+  int64_t dout_row, dout_token, dout_head;
+  char *dq, *dk, *dv;
+  int64_t dq_row, dq_token, dq_head, dk_token, dk_head;  // bytes; dv as dk
+};
+
+constexpr int64_t ATTENTION_CHUNK = 96;  // queries of a forward task
+
+struct AttentionKernels {
+  void (*forward)(const AttentionArgs& args);
+};
+
+MISS_TABLE(AttentionKernels, attention_kernels)
+
+}  // namespace miss

@@ -1,0 +1,227 @@
+// Attention, forward. Included by the file of each instruction set.
+//
+// A task is some of the queries of one source and head. The source's keys and values are packed once into this
+// thread's scratch; then 6 queries at a time go over the keys in blocks: scores, their softmax with a running maximum,
+// probabilities times values with the sums in registers. No matrix of queries x keys is ever in memory, and what is
+// not visible is not computed: every row has its own number of visible keys.
+#include "attention_parts.inl.h"
+
+namespace miss {
+namespace MISS_ISA {
+namespace attend {
+namespace {
+
+constexpr int64_t KEYS = 1088;  // of a block: 6 rows of scores of all keys of the longest image stay in cache
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
+
+template <class Dot>
+struct Source {  // a source's head, packed
+  const char *keys, *values;
+  int64_t value_panel;  // bytes of 64 columns of all values
+};
+
+// What a strip of queries carries from block to block.
+struct Running {
+  float top[ROWS], total[ROWS];
+};
+
+struct Drop {  // dropout of a row
+  const int16_t* fields;
+  int threshold;
+  float keep;
+};
+
+// Scores become probabilities relative to the running maximum, in place; zeros up to `padded`. Returns the factor that
+// brings what was summed before to the new maximum.
+template <class Dot, bool DROPOUT>
+inline float softmax_row(float* scores, int64_t visible, int64_t padded, float scale, float& top, float& total,
+                         const Drop& drop) {
+  using Value = typename Element<Dot>::Value;
+  constexpr int TERMS = Element<Dot>::POWER_TERMS;
+  Value* to = reinterpret_cast<Value*>(scores);
+  const int64_t whole = visible / LANES * LANES;
+  const int rest = static_cast<int>(visible - whole);
+  vf high = set1(-__builtin_inff()), high2 = high;
+  int64_t i = 0;
+  for (; i + 2 * LANES <= whole; i += 2 * LANES) {
+    high = max(high, load(scores + i));
+    high2 = max(high2, load(scores + i + LANES));
+  }
+  if (i < whole) high = max(high, load(scores + i));
+  if (rest) high2 = max(high2, first_of(load_n(scores + whole, rest), rest, high));
+  const float most = max_of(max(high, high2));
+  const float before = top;
+  top = before > most ? before : most;
+  const float offset = top == -__builtin_inff() ? 0.0f : top * scale;
+  const vf factor = set1(scale), shift = set1(-offset);
+  vf sums = zero();
+  for (i = 0; i < whole; i += LANES) {
+    vf p = exp2<TERMS>(fma(load(scores + i), factor, shift));
+    sums = add(sums, p);
+    if (DROPOUT) p = mul(kept(p, drop.fields + i, drop.threshold), set1(drop.keep));
+    store(to + i, p);
+  }
+  if (rest) {
+    vf p = exp2<TERMS>(fma(load_n(scores + whole, rest), factor, shift));
+    sums = add(sums, first_of(p, rest, zero()));
+    if (DROPOUT) p = mul(kept(p, drop.fields + whole, drop.threshold), set1(drop.keep));
+    store_n(to + whole, p, rest);
+  }
+  for (i = visible; i < padded; ++i) to[i] = Value{};
+  if (before == -__builtin_inff()) {
+    total += sum(sums);
+    return 1.0f;
+  }
+  float some[LANES];
+  store(some, exp2<TERMS>(set1(before * scale - offset)));
+  total = total * some[0] + sum(sums);
+  return some[0];
+}
+
+struct Strip {  // at most ROWS queries
+  int num_rows;
+  const char* q[ROWS];
+  int64_t row[ROWS], token[ROWS], visible[ROWS], most;  // most: of visible
+};
+
+inline Strip strip_of(const AttentionArgs& a, const AttentionGroup& g, int64_t head, int64_t first, int64_t end) {
+  Strip s;
+  s.num_rows = static_cast<int>(least(ROWS, end - first));
+  s.most = 0;
+  for (int r = 0; r < s.num_rows; ++r) {
+    s.row[r] = (first + r) / g.tokens;
+    s.token[r] = (first + r) % g.tokens;
+    s.q[r] = a.q + g.q + s.row[r] * a.q_row + s.token[r] * a.q_token + head * a.q_head;
+    s.visible[r] = a.causal ? least(g.keys, s.token[r] + a.shift + 1) : g.keys;
+    s.most = s.visible[r] > s.most ? s.visible[r] : s.most;
+  }
+  return s;
+}
+
+template <class Dot>
+inline void write_strip(const AttentionArgs& a, const AttentionGroup& g, int64_t head, const Strip& s,
+                        const Running& running, const float* sums) {
+  using Value = typename Element<Dot>::Value;
+  for (int r = 0; r < s.num_rows; ++r) {
+    Value* to = reinterpret_cast<Value*>(a.out + g.out + s.row[r] * a.out_row + s.token[r] * a.out_token +
+                                         head * a.out_head);
+    const vf factor = set1(1.0f / running.total[r]);
+    for (int64_t d = 0; d < a.width; d += LANES) store(to + d, mul(load(sums + r * a.width + d), factor));
+    const float top = running.top[r] == -__builtin_inff() ? 0.0f : running.top[r];
+    a.lse[g.lse + s.row[r] * a.lse_row + s.token[r] * a.lse_token + head * a.lse_head] =
+        top * a.scale + __builtin_logf(running.total[r]);
+  }
+}
+
+inline int64_t mask_index(const AttentionArgs& a, const AttentionGroup& g, int64_t head, const Strip& s, int r) {
+  return g.mask + s.row[r] * a.mask_row + head * a.mask_head + s.token[r] * a.mask_token;
+}
+
+template <class Dot, bool DROPOUT>
+inline void forward_strip(const AttentionArgs& a, const AttentionGroup& g, int64_t head, const Strip& s,
+                          const Source<Dot>& source, float* scores, float* sums, int16_t* fields) {
+  constexpr int64_t SIZE = 4 / Dot::GROUP;
+  const int64_t bytes = a.width * SIZE;
+  Running running;
+  const char* p[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    running.top[r] = -__builtin_inff();
+    running.total[r] = 0.0f;
+    p[r] = reinterpret_cast<const char*>(scores + r * KEYS);
+  }
+  for (int64_t start = 0; start < s.most; start += KEYS) {
+    const int64_t count = least(KEYS, s.most - start), padded = round_up(count, Dot::GROUP);
+    for (int64_t at = 0; at < count; at += PANEL)
+      tile<Dot>(s.num_rows, s.q, bytes, source.keys + (start + at) * bytes, scores + at, KEYS, true,
+                least(PANEL, count - at));
+    for (int r = 0; r < s.num_rows; ++r) {
+      const int64_t rest = s.visible[r] - start, seen = rest < 0 ? 0 : least(rest, count);
+      Drop drop{fields, a.threshold, a.keep};
+      if (DROPOUT) drop.fields = keep_fields(a.seed, mask_index(a, g, head, s, r) + start, seen, fields);
+      const float factor = softmax_row<Dot, DROPOUT>(scores + r * KEYS, seen, padded, a.scale * LOG2E, running.top[r],
+                                                     running.total[r], drop);
+      if (start > 0)
+        for (int64_t d = 0; d < a.width; d += LANES)
+          store(sums + r * a.width + d, mul(load(sums + r * a.width + d), set1(factor)));
+    }
+    for (int64_t d = 0; d < a.width; d += PANEL)
+      tile<Dot>(s.num_rows, p, padded * SIZE, source.values + d / PANEL * source.value_panel + start / Dot::GROUP * STEP,
+                sums + d, a.width, start == 0, least(PANEL, a.width - d));
+  }
+  write_strip<Dot>(a, g, head, s, running, sums);
+}
+
+template <class Dot>
+inline Source<Dot> pack_source(const AttentionArgs& a, const AttentionGroup& g, int64_t head) {
+  constexpr int64_t SIZE = 4 / Dot::GROUP;
+  const int64_t bytes = a.width * SIZE, of_keys = bytes_as_columns(g.keys, bytes);
+  char* to = scratch_of<char>(3, of_keys + bytes_as_rows(g.keys, a.width, Dot::GROUP));
+  pack_as_columns(a.k + g.k + head * a.k_head, a.k_token, g.keys, bytes, to);
+  pack_as_rows<Dot>(a.v + g.v + head * a.v_head, a.v_token, g.keys, a.width, to + of_keys);
+  return {to, to + of_keys, (g.keys + Dot::GROUP - 1) / Dot::GROUP * STEP};
+}
+
+template <class Dot>
+inline void nothing_visible(const AttentionArgs& a, const AttentionGroup& g, int64_t head, int64_t first, int64_t end) {
+  const int64_t bytes = a.width * 4 / Dot::GROUP;
+  for (int64_t j = first; j < end; ++j) {
+    const int64_t row = j / g.tokens, token = j % g.tokens;
+    memset(a.out + g.out + row * a.out_row + token * a.out_token + head * a.out_head, 0, static_cast<size_t>(bytes));
+    a.lse[g.lse + row * a.lse_row + token * a.lse_token + head * a.lse_head] = -__builtin_inff();
+  }
+}
+
+// The group of a task: the last one whose first task is not after it.
+inline int64_t group_of(const AttentionArgs& a, int64_t task) {
+  int64_t low = 0, high = a.num_groups - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (a.groups[middle].first_task <= task) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+template <class Dot, bool DROPOUT>
+void forward_tasks(const AttentionArgs& a) {
+  parallel(a.num_tasks, a.grain, [&](int64_t begin, int64_t end) {
+    float* scores = scratch_of<float>(4, ROWS * (KEYS + a.width));
+    int16_t* fields = scratch_of<int16_t>(5, KEYS + FIELD_SLACK);
+    Source<Dot> source{};
+    int64_t packed = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t number = group_of(a, task);
+      const AttentionGroup& g = a.groups[number];
+      const int64_t queries = g.rows * g.tokens, chunks = (queries + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK;
+      const int64_t head = (task - g.first_task) / chunks;
+      const int64_t first = (task - g.first_task) % chunks * ATTENTION_CHUNK;
+      const int64_t last = least(queries, first + ATTENTION_CHUNK);
+      if (g.keys == 0) {
+        nothing_visible<Dot>(a, g, head, first, last);
+        continue;
+      }
+      if (packed != number * a.heads + head) source = pack_source<Dot>(a, g, head);
+      packed = number * a.heads + head;
+      for (int64_t j = first; j < last; j += ROWS)
+        forward_strip<Dot, DROPOUT>(a, g, head, strip_of(a, g, head, j, last), source, scores, scores + ROWS * KEYS,
+                                    fields);
+    }
+  });
+}
+
+template <class Dot>
+void forward_of(const AttentionArgs& a) {
+  a.dropout ? forward_tasks<Dot, true>(a) : forward_tasks<Dot, false>(a);
+}
+
+void forward(const AttentionArgs& a) {
+  a.type == Type::bf16 ? forward_of<DotBf16>(a) : forward_of<DotF32>(a);
+}
+
+}  // namespace
+}  // namespace attend
+
+extern const AttentionKernels attention_kernels = {attend::forward};
+
+}  // namespace MISS_ISA
+}  // namespace miss

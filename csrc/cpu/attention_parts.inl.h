@@ -1,0 +1,135 @@
+// What attention's forward and backward share: packing keys and values into panels, a product over part of a panel,
+// the power of two. Knows micro.h's panels; does not know queries.
+#include "attention.h"
+#include "dropout.inl.h"
+#include "shuffle.h"
+
+namespace miss {
+namespace MISS_ISA {
+namespace attend {
+namespace {
+
+template <class Dot>
+struct Element {
+  using Value = float;
+  static constexpr int POWER_TERMS = 6;  // of exp2's polynomial: 2e-9, so that only rounding is left
+};
+template <>
+struct Element<DotBf16> {
+  using Value = bf16;
+  static constexpr int POWER_TERMS = 4;  // 3e-6, where the result is rounded to 4e-3
+};
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// 2 ** x for x <= 0 or a little above; 0 below -150, infinity's too; NaN at NaN.
+template <int TERMS>
+inline vf exp2(vf x) {
+  x = max(set1(-160.0f), x);
+  vf n = round(x), r = sub(x, n);
+  vf p;
+  if (TERMS == 4) {
+    p = fma(r, set1(9.582852866e-03f), set1(5.590642492e-02f));
+    p = fma(p, r, set1(2.402409862e-01f));
+    p = fma(p, r, set1(6.931241934e-01f));
+  } else {
+    p = fma(r, set1(1.535336182e-04f), set1(1.339887445e-03f));
+    p = fma(p, r, set1(9.618437358e-03f));
+    p = fma(p, r, set1(5.550332471e-02f));
+    p = fma(p, r, set1(2.402264791e-01f));
+    p = fma(p, r, set1(6.931472029e-01f));
+  }
+  return scale_by(fma(p, r, set1(1.0f)), n);
+}
+
+template <class Dot, int VECTORS>
+inline void rows_by_vectors(int num_rows, const char* const* a, int64_t bytes, const char* b, float* sums,
+                            int64_t stride, bool fresh) {
+  switch (num_rows) {
+    case 1: micro<Dot, 1, VECTORS>(a, bytes, b, sums, stride, fresh); break;
+    case 2: micro<Dot, 2, VECTORS>(a, bytes, b, sums, stride, fresh); break;
+    case 3: micro<Dot, 3, VECTORS>(a, bytes, b, sums, stride, fresh); break;
+    case 4: micro<Dot, 4, VECTORS>(a, bytes, b, sums, stride, fresh); break;
+    case 5: micro<Dot, 5, VECTORS>(a, bytes, b, sums, stride, fresh); break;
+    default: micro<Dot, 6, VECTORS>(a, bytes, b, sums, stride, fresh); break;
+  }
+}
+
+template <class Dot>
+inline void span(int num_rows, const char* const* a, int64_t bytes, const char* panel, float* sums, int64_t stride,
+                 bool fresh, int64_t columns) {
+  int64_t at = 0;
+  for (; at + VECS * LANES <= round_up(columns, LANES); at += VECS * LANES)
+    rows_by_vectors<Dot, VECS>(num_rows, a, bytes, panel + at * 4, sums + at, stride, fresh);
+  panel += at * 4;
+  sums += at;
+  switch ((columns - at + LANES - 1) / LANES) {
+    case 1: rows_by_vectors<Dot, 1>(num_rows, a, bytes, panel, sums, stride, fresh); break;
+    case 2: rows_by_vectors<Dot, 2>(num_rows, a, bytes, panel, sums, stride, fresh); break;
+    case 3: rows_by_vectors<Dot, 3>(num_rows, a, bytes, panel, sums, stride, fresh); break;
+    default: break;
+  }
+}
+
+// micro.h's product of rows anywhere in memory and of a panel's first columns only, to whole vectors: a source's last
+// panel has 1 key of 64 at 577 tokens, and heads may be 32 wide.
+template <class Dot>
+inline void tile(int num_rows, const char* const* a, int64_t bytes, const char* panel, float* sums, int64_t stride,
+                 bool fresh, int64_t columns) {
+  if (bytes <= Dot::SPAN) return span<Dot>(num_rows, a, bytes, panel, sums, stride, fresh, columns);
+  const char* rows[ROWS];
+  for (int64_t at = 0; at < bytes; at += Dot::SPAN) {
+    for (int r = 0; r < num_rows; ++r) rows[r] = a[r] + at;
+    span<Dot>(num_rows, rows, least(Dot::SPAN, bytes - at), panel + at / 4 * STEP, sums, stride, fresh && at == 0,
+              columns);
+  }
+}
+
+// Rows become columns: panels[row / 64][word][row % 64], a row being `bytes` (a multiple of a vector's) long.
+inline void pack_as_columns(const char* from, int64_t stride, int64_t rows, int64_t bytes, char* panels) {
+  for (int64_t row = 0; row < round_up(rows, LANES); row += LANES) {
+    char* to = panels + row / PANEL * (bytes / 4 * STEP) + row % PANEL * 4;
+    for (int64_t at = 0; at < bytes; at += LANES * 4) {
+      vi words[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i)
+        words[i] = row + i < rows ? load(reinterpret_cast<const int32_t*>(from + (row + i) * stride + at)) : zeroi();
+      transpose(words);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) store(reinterpret_cast<int32_t*>(to + (at / 4 + i) * STEP), words[i]);
+    }
+  }
+}
+
+// Rows stay rows: panels[column / 64][row / GROUP][column % 64]; rows beyond are zeros up to a whole group.
+template <class Dot>
+inline void pack_as_rows(const char* from, int64_t stride, int64_t rows, int64_t columns, char* panels) {
+  constexpr int GROUP = Dot::GROUP, BYTES = 4 / GROUP;
+  constexpr int64_t WIDE = LANES * GROUP;  // columns of one vector
+  const int64_t groups = (rows + GROUP - 1) / GROUP;
+  for (int64_t group = 0; group < groups; ++group) {
+    const char* a = from + group * GROUP * stride;
+    for (int64_t column = 0; column < columns; column += WIDE) {
+      char* to = panels + (column / PANEL * groups + group) * STEP + column % PANEL * 4;
+      vi low = load(reinterpret_cast<const int32_t*>(a + column * BYTES));
+      if (GROUP == 2) {
+        bool pair = group * 2 + 1 < rows;
+        vi other = pair ? load(reinterpret_cast<const int32_t*>(a + stride + column * BYTES)) : zeroi(), high;
+        interleave(low, other, low, high);
+        store(reinterpret_cast<int32_t*>(to + LANES * 4), high);
+      }
+      store(reinterpret_cast<int32_t*>(to), low);
+    }
+  }
+}
+
+inline int64_t bytes_as_columns(int64_t rows, int64_t bytes) { return round_up(rows, PANEL) * bytes; }
+inline int64_t bytes_as_rows(int64_t rows, int64_t columns, int group) {
+  return round_up(columns, PANEL) / PANEL * ((rows + group - 1) / group) * STEP;
+}
+
+}  // namespace
+}  // namespace attend
+}  // namespace MISS_ISA
+}  // namespace miss

@@ -1,0 +1,239 @@
+// Attention, cross-attention and decode attention as operations on PyTorch tensors: which queries read which source.
+#include <vector>
+
+#include "attention.h"
+#include "torch_abi.h"
+
+namespace miss {
+
+namespace {
+
+// The elements of an int32 or int64 vector of any stride.
+struct Ints {
+  explicit Ints(const Tensor& t) : data(bytes_of(t)), step(t.dim() ? t.stride(0) : 0) {
+    wide = t.scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Int, "miss_cpu: wanted int32 or int64");
+  }
+  int64_t operator[](int64_t i) const {
+    return wide ? reinterpret_cast<const int64_t*>(data)[i * step] : reinterpret_cast<const int32_t*>(data)[i * step];
+  }
+  const char* data;
+  int64_t step;
+  bool wide;
+};
+
+int64_t clamp(int64_t n, int64_t high) { return n < 0 ? 0 : n < high ? n : high; }
+
+// What is the same for every form: pointers, strides of heads and tokens (the last dimensions but one and two).
+AttentionArgs start(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, double scale) {
+  AttentionArgs a{};
+  a.type = type_of(q);
+  STD_TORCH_CHECK(type_of(k) == a.type && type_of(v) == a.type, "miss_cpu: q, k, v of one dtype");
+  const int64_t size = a.type == Type::bf16 ? 2 : 4, dims = q.dim();
+  STD_TORCH_CHECK(q.stride(dims - 1) == 1 && k.stride(k.dim() - 1) == 1 && v.stride(v.dim() - 1) == 1,
+                  "miss_cpu: the last dimension of q, k, v must be dense");
+  a.q = bytes_of(q), a.k = bytes_of(k), a.v = bytes_of(v), a.out = bytes_to(out);
+  a.heads = q.size(dims - 2), a.width = q.size(dims - 1);
+  STD_TORCH_CHECK(a.width > 0 && (a.width == 32 || a.width % 64 == 0), "miss_cpu: a head's width is 32 or a multiple of 64");
+  a.q_head = q.stride(dims - 2) * size, a.out_head = out.stride(dims - 2) * size;
+  a.k_head = k.stride(k.dim() - 2) * size, a.v_head = v.stride(v.dim() - 2) * size;
+  a.k_token = k.stride(k.dim() - 3) * size, a.v_token = v.stride(v.dim() - 3) * size;
+  a.scale = static_cast<float>(scale);
+  return a;
+}
+
+// q and out (rows, tokens, heads, width), lse (rows, heads, tokens).
+void stride_rows(AttentionArgs& a, const Tensor& q, const Tensor& out) {
+  const int64_t size = a.type == Type::bf16 ? 2 : 4, tokens = q.size(1);
+  a.q_row = q.stride(0) * size, a.q_token = q.stride(1) * size;
+  a.out_row = out.stride(0) * size, a.out_token = out.stride(1) * size;
+  a.lse_row = a.heads * tokens, a.lse_head = tokens, a.lse_token = 1;
+}
+
+void set_dropout(AttentionArgs& a, double p, const std::optional<Tensor>& seed) {
+  if (!seed.has_value()) return;
+  a.dropout = true;
+  a.seed = Ints(*seed)[0];
+  const int64_t steps = static_cast<int64_t>(__builtin_rint(p * 65536.0));
+  a.threshold = static_cast<int>(steps < 65535 ? steps : 65535) - 32768;
+  a.keep = static_cast<float>(1.0 / (1.0 - p));
+}
+
+// Numbers the tasks and decides how many of them are worth a thread: a million multiply-adds, about 10 us.
+void number_tasks(AttentionArgs& a, std::vector<AttentionGroup>& groups, int64_t chunk) {
+  int64_t tasks = 0, keys = 1;
+  for (AttentionGroup& g : groups) {
+    g.first_task = tasks;
+    const int64_t queries = g.rows * g.tokens;
+    tasks += a.heads * ((queries + chunk - 1) / chunk);
+    keys += queries * g.keys;
+  }
+  a.groups = groups.data();
+  a.num_groups = static_cast<int64_t>(groups.size());
+  a.num_tasks = tasks;
+  const int64_t work = keys * a.heads * a.width * 2 / (tasks ? tasks : 1);
+  a.grain = 1 + 1000000 / (work ? work : 1);
+}
+
+Tensor new_lse(const Tensor& q, std::vector<int64_t> shape) { return torch::stable::new_empty(q, shape, ScalarType::Float); }
+
+Tensor new_out(const Tensor& q) {
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < q.dim(); ++d) shape.push_back(q.size(d));
+  return torch::stable::new_empty(q, shape);
+}
+
+void run(AttentionArgs& a, std::vector<AttentionGroup>& groups) {
+  number_tasks(a, groups, ATTENTION_CHUNK);
+  if (a.num_tasks) attention_kernels().forward(a);
+}
+
+std::vector<AttentionGroup> batch_groups(const AttentionArgs& a, const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const std::optional<Tensor>& lengths) {
+  const int64_t size = a.type == Type::bf16 ? 2 : 4, batch = q.size(0), tokens = q.size(1), keys = k.size(1);
+  std::vector<AttentionGroup> groups(static_cast<size_t>(batch));
+  for (int64_t b = 0; b < batch; ++b) {
+    AttentionGroup& g = groups[static_cast<size_t>(b)];
+    g.k = b * k.stride(0) * size, g.v = b * v.stride(0) * size;
+    g.q = b * a.q_row, g.out = b * a.out_row, g.lse = b * a.lse_row;
+    g.mask = b * a.heads * tokens * keys;
+    g.keys = lengths.has_value() ? clamp(Ints(*lengths)[b], keys) : keys;
+    g.rows = 1, g.tokens = tokens;
+  }
+  return groups;
+}
+
+std::vector<AttentionGroup> packed_groups(const AttentionArgs& a, const Tensor& q, const Tensor& offsets) {
+  const Ints offset(offsets);
+  std::vector<AttentionGroup> groups(static_cast<size_t>(offsets.size(0) - 1));
+  int64_t last = 0;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    AttentionGroup& g = groups[i];
+    const int64_t first = offset[static_cast<int64_t>(i)];
+    last = offset[static_cast<int64_t>(i) + 1];
+    STD_TORCH_CHECK(first >= 0 && first <= last && last <= q.size(0), "attention_varlen: offsets must rise from 0 to ",
+                    q.size(0));
+    g.k = first * a.k_token, g.v = first * a.v_token;
+    g.q = first * a.q_token, g.out = first * a.out_token, g.lse = first * a.lse_token;
+    g.mask = first * a.mask_token;
+    g.keys = g.tokens = last - first, g.rows = 1;
+  }
+  return groups;
+}
+
+// One group an image that has rows.
+std::vector<AttentionGroup> image_groups(const AttentionArgs& a, const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const Tensor& image_index, const std::optional<Tensor>& lengths) {
+  const Ints index(image_index);
+  const int64_t size = a.type == Type::bf16 ? 2 : 4, rows = q.size(0), images = k.size(0), keys = k.size(1);
+  std::vector<AttentionGroup> groups;
+  int64_t before = -1;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t image = index[r];
+    STD_TORCH_CHECK(image >= 0 && image < images && image >= before,
+                    "image_index: wanted 0 to ", images - 1, ", rows sorted by image");
+    if (image != before) {
+      AttentionGroup g{};
+      g.k = image * k.stride(0) * size, g.v = image * v.stride(0) * size;
+      g.q = r * a.q_row, g.out = r * a.out_row, g.lse = r * a.lse_row, g.mask = r * a.mask_row;
+      g.keys = lengths.has_value() ? clamp(Ints(*lengths)[image], keys) : keys;
+      g.tokens = q.size(1);
+      groups.push_back(g);
+    }
+    ++groups.back().rows;
+    before = image;
+  }
+  return groups;
+}
+
+}  // namespace
+
+static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                    std::optional<Tensor> lengths, bool causal, double scale,
+                                                    double dropout_p, std::optional<Tensor> seed) {
+  Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
+  AttentionArgs a = start(q, k, v, out, scale);
+  stride_rows(a, q, out);
+  a.causal = causal && q.size(1) > 1, a.shift = k.size(1) - q.size(1);
+  a.lse = lse.mutable_data_ptr<float>();
+  set_dropout(a, dropout_p, seed);
+  a.mask_token = k.size(1), a.mask_head = q.size(1) * k.size(1), a.mask_row = a.heads * a.mask_head;
+  std::vector<AttentionGroup> groups = batch_groups(a, q, k, v, lengths);
+  run(a, groups);
+  return {out, lse};
+}
+
+// Sequences packed one after the other: q, k, v (total, H, D).
+static std::tuple<Tensor, Tensor> varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& offsets, int64_t max_length, bool causal, double scale,
+                                                 double dropout_p, std::optional<Tensor> seed) {
+  Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(1)});
+  AttentionArgs a = start(q, k, v, out, scale);
+  const int64_t size = a.type == Type::bf16 ? 2 : 4;
+  a.q_token = q.stride(0) * size, a.out_token = out.stride(0) * size;
+  a.lse_token = a.heads, a.lse_head = 1;
+  a.causal = causal, a.lse = lse.mutable_data_ptr<float>();
+  set_dropout(a, dropout_p, seed);
+  a.mask_token = a.heads * max_length, a.mask_head = max_length;
+  std::vector<AttentionGroup> groups = packed_groups(a, q, offsets);
+  run(a, groups);
+  return {out, lse};
+}
+
+static std::tuple<Tensor, Tensor> cross_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const Tensor& image_index, std::optional<Tensor> lengths, double scale,
+                                                double dropout_p, std::optional<Tensor> seed) {
+  Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
+  AttentionArgs a = start(q, k, v, out, scale);
+  stride_rows(a, q, out);
+  a.lse = lse.mutable_data_ptr<float>();
+  set_dropout(a, dropout_p, seed);
+  a.mask_token = k.size(1), a.mask_head = q.size(1) * k.size(1), a.mask_row = a.heads * a.mask_head;
+  std::vector<AttentionGroup> groups = image_groups(a, q, k, v, image_index, lengths);
+  run(a, groups);
+  return {out, lse};
+}
+
+// One query a row against its slot of a cache (S, L, H, D): q (R, H, D).
+static Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+                             const Tensor& lengths, double scale) {
+  Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(1)});
+  AttentionArgs a = start(q, k, v, out, scale);
+  const int64_t size = a.type == Type::bf16 ? 2 : 4;
+  a.lse = lse.mutable_data_ptr<float>(), a.lse_head = 1;
+  const Ints slot(slots), length(lengths);
+  std::vector<AttentionGroup> groups(static_cast<size_t>(q.size(0)));
+  for (int64_t r = 0; r < q.size(0); ++r) {
+    AttentionGroup& g = groups[static_cast<size_t>(r)];
+    STD_TORCH_CHECK(slot[r] >= 0 && slot[r] < k.size(0), "decode_attention: slot ", slot[r], " of ", k.size(0));
+    g.k = slot[r] * k.stride(0) * size, g.v = slot[r] * v.stride(0) * size;
+    g.q = r * q.stride(0) * size, g.out = r * out.stride(0) * size, g.lse = r * a.heads;
+    g.keys = clamp(length[r], k.size(1));
+    g.rows = g.tokens = 1;
+  }
+  run(a, groups);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, bool causal, float scale, float dropout_p, "
+      "Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor offsets, int max_length, bool causal, float scale, "
+      "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "cross_attention(Tensor q, Tensor k, Tensor v, Tensor image_index, Tensor? lengths, float scale, "
+      "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
+  m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor lengths, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(miss_cpu, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention_forward));
+  m.impl("attention_varlen", TORCH_BOX(&varlen_forward));
+  m.impl("cross_attention", TORCH_BOX(&cross_forward));
+  m.impl("decode_attention", TORCH_BOX(&decode_forward));
+}
+
+}  // namespace miss

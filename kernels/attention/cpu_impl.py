@@ -1,0 +1,37 @@
+"""Attention by the compiled CPU kernels: float32 and bfloat16, heads 32 or 64 wide.
+
+Knows the extension's operations; does not know what they take (limits.py) or other implementations.
+"""
+
+from torch import Tensor
+
+from miss.kernels import extension
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return extension.ops().attention(q, k, v, lengths, causal, scale, dropout_p, seed)  # type: ignore[no-any-return]
+
+
+def varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return extension.ops().attention_varlen(  # type: ignore[no-any-return]
+        q, k, v, offsets, max_length, causal, scale, dropout_p, seed
+    )

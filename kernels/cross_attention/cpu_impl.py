@@ -1,0 +1,28 @@
+"""Cross-attention by the compiled CPU kernels: an image's keys and values are packed once for all rows that read it.
+
+Knows the extension's operations; does not know other implementations.
+"""
+
+from torch import Tensor
+
+from miss.kernels import extension
+from miss.kernels.cross_attention.rows import check_index
+
+
+def kv_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_index: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    try:
+        return extension.ops().cross_attention(  # type: ignore[no-any-return]
+            q, k, v, image_index, lengths, scale, dropout_p, seed
+        )
+    except RuntimeError:
+        check_index(image_index, k.shape[0])  # says which row, as a ValueError
+        raise
