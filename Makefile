@@ -1,4 +1,5 @@
 # make answer   a generated answer, with nothing else to set up      make test    the whole test suite
+# make sanitize the CPU kernels under address and undefined-behaviour sanitizers, some minutes
 # make setup    all that tests and the commands of the README need   make check   format, lint, types
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,11 +8,11 @@ TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python -m
-CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
+CSRC := $(shell find csrc -path csrc/tests -prune -o -name "*.cpp" -print -o -name "*.h" -print)
 EXTRAS := dicom,train,evaluate,weights,zero,test
 
 .DEFAULT_GOAL := help
-.PHONY: help answer setup test check parity torture clean
+.PHONY: help answer setup test check parity torture sanitize clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -24,6 +25,7 @@ $(VENV)/.answer: pyproject.toml setup.py $(CSRC)
 	@echo "[3/3] miss-engine"
 	@$(PIP) install -q "setuptools>=77" wheel pybind11
 	@$(PIP) install -q --no-build-isolation -e .
+	@$(RUN) miss kernels built
 	@touch $@
 
 $(VENV)/.setup: $(VENV)/.answer
@@ -50,6 +52,10 @@ parity: $(VENV)/.setup
 
 torture: $(VENV)/.setup
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -m torture
+
+# A build of its own in build/sanitize: the normal one stays.
+sanitize: $(VENV)/.setup
+	@$(RUN) tests.sanitize
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,9 +22,7 @@ from miss.kernels.decode_attention import reference, torch_impl
 from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
 
 
-def _cpu_fits(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float
-) -> str | None:
+def _cpu_fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> str | None:
     return limits.misfit(scale, q, k_cache, v_cache)
 
 

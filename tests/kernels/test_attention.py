@@ -79,7 +79,9 @@ def test_error_rule_at_image_lengths(shape: tuple[int, ...], dtype: torch.dtype)
     batch, length, heads, width = shape
     torch.manual_seed(0)
     packed = torch.randn(batch, length, 3, heads, width)
-    ways = [(way, valid) for way in ("torch", "custom", *CPU_ROUTES) for valid in (None, int32([length - 60, 3][:batch]))]
+    ways = [
+        (way, valid) for way in ("torch", "custom", *CPU_ROUTES) for valid in (None, int32([length - 60, 3][:batch]))
+    ]
     for way, lengths in ways:
         with route(way, op.FORWARD):
             check_error_rule(

@@ -45,7 +45,12 @@ def check(
 
 @pytest.mark.parametrize(
     ("way", "dtype"),
-    [(w, t) for w in ROUTES for t in (torch.float32, torch.bfloat16, torch.float16) if (w, t) != ("cpu", torch.float16)],
+    [
+        (w, t)
+        for w in ROUTES
+        for t in (torch.float32, torch.bfloat16, torch.float16)
+        if (w, t) != ("cpu", torch.float16)
+    ],
 )
 @pytest.mark.parametrize("shape", [(9, 7, 2, 32), (5, 40, 3, 64), (5, 101, 2, 32)], ids=str)
 def test_error_rule(shape: tuple[int, ...], way: str, dtype: torch.dtype) -> None:
