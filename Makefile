@@ -1,6 +1,7 @@
 # make answer   a generated answer, with nothing else to set up      make test    the whole test suite
-# make sanitize the CPU kernels under address and undefined-behaviour sanitizers, some minutes
 # make setup    all that tests and the commands of the README need   make check   format, lint, types
+# make bench-kernels   every operation against this machine's ceilings, into benchmarks/results/
+# make sanitize        the CPU kernels under address and undefined-behaviour sanitizers, some minutes
 PYTHON ?= python3
 VENV ?= .venv
 # The torch to install where the virtual environment has none, and the index it comes from (empty: pip's own).
@@ -12,7 +13,7 @@ CSRC := $(shell find csrc -path csrc/tests -prune -o -name "*.cpp" -print -o -na
 EXTRAS := dicom,train,evaluate,weights,zero,test
 
 .DEFAULT_GOAL := help
-.PHONY: help answer setup test check parity torture sanitize clean
+.PHONY: help answer setup test check parity torture sanitize bench-kernels clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -49,6 +50,10 @@ check: $(VENV)/.setup
 # The whole base model against Hugging Face, hidden states to gradients: about 8 GB and some minutes.
 parity: $(VENV)/.setup
 	@$(RUN) pytest -q tests/models/test_parity.py --full-size
+
+# Every operation, its peers and this machine's ceilings; under 10 minutes on two cores that have nothing else to do.
+bench-kernels: $(VENV)/.setup
+	@bash -o pipefail -c "$(RUN) miss bench kernels --shapes base small --out benchmarks/results | cut -c -160"
 
 torture: $(VENV)/.setup
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -m torture

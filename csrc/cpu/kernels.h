@@ -4,6 +4,7 @@
 
 #include "functions.h"
 #include "micro.h"
+#include "shuffle.h"
 #include "spans.h"
 
 #include "gemm.h"
