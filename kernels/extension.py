@@ -19,8 +19,8 @@ import torch
 
 X86 = ("x86_64", "amd64")
 BUILD = (
-    "install a C++17 compiler (g++), then run `make -B setup`, or `pip install --no-build-isolation -e .` where PyTorch "
-    "and pybind11 are installed; with MISS_BUILD_CSRC=1 it fails and says why"
+    "install a C++17 compiler (g++), then run `make -B setup`, or `pip install --no-build-isolation -e .` where "
+    "PyTorch and pybind11 are installed; with MISS_BUILD_CSRC=1 it fails and says why"
 )
 
 
