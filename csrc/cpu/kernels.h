@@ -12,6 +12,7 @@
 
 #include "attention.inl.h"
 #include "ceilings.inl.h"
+#include "convert.inl.h"
 #include "linear.inl.h"
 #include "norm.inl.h"
 #include "probe.inl.h"
