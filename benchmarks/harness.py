@@ -6,7 +6,8 @@ Knows the registry, clocks and caches; does not know which operations there are,
 2. Every implementation of the operation's table that fits (but the reference) and every peer computes a set; what errs
    from the float64 truth by more than the case allows is refused, and is not timed.
 3. In rounds, each takes a sample in turn, and the ceilings take theirs: a clock that slows down slows all of them.
-     warm: a call that is not timed, then calls on the same set; the next round has the next set.
+     warm: a call that is not timed (unless memory is too small a part of the time to matter, or the inputs are larger
+     than the last cache), then calls on the same set; the next round has the next set.
      cold: every call has the next set; before it comes around, all the others were read.
    A sample of short calls is the mean of several. The public function is called, the choice of implementation included.
 """
@@ -28,11 +29,14 @@ from miss.kernels import registry
 
 Cache = Literal["warm", "cold"]
 Bound = Callable[[], Any]
+Checked = tuple[tuple[Any, ...], list[Tensor]]  # a set of inputs, its results in float64
 # Of the truth's largest value; the error of sums that PyTorch itself rounds on the way (scores, halves) is within it.
 _TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 _KINDS = {torch.float64: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SAMPLE = 4e-4  # seconds that a sample of short calls lasts, so that the clock's own cost is below 0.1 %
 _MOST_CALLS = 64
+_SLOW_MEMORY, _FELT = 2e10, 0.03  # bytes a second; the share of a call's time that reading its inputs must have
+_COSTLY = 2e9  # FLOPs beyond which one set is checked, not two: the float64 reference has 100 GFLOP/s at best
 _MOST_SETS = 256
 _SLOW = 0.3  # seconds: beyond it, fewer repeats
 _SLOW_REPEATS = 7
@@ -140,6 +144,7 @@ class Runner:
     error: float = math.nan
     error_absolute: float = math.nan
     calls: int = 1
+    warms: bool = True  # whether a call that is not timed comes before each sample
     bound: list[Bound] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -149,9 +154,9 @@ def measure(case: Case, cache: Cache, settings: Settings, ceilings: Ceilings) ->
     """Checks, then times all that can compute `case`."""
     result, name = Result(), {"op": case.op, "shape": case.shape, "dtype": case.dtype}
     sets = _sets(case, cache, settings.device)
-    runners = []
+    runners, truths = [], _truths(case, sets)
     for runner in _runners(case, sets[0], result):
-        if reason := _check(case, runner, sets):
+        if reason := _check(runner, truths):
             result.refused.append({**name, "implementation": runner.name, "ours": runner.ours, "reason": reason})
         else:
             runner.bound = [runner.bind(*one) for one in sets]
@@ -160,6 +165,7 @@ def measure(case: Case, cache: Cache, settings: Settings, ceilings: Ceilings) ->
         kind = case.kind or _KINDS[_first(sets[0]).dtype]
         warm_bytes = int(case.reads + case.writes) if cache == "warm" else None
         busy = Busy()
+        _calibrate(case, runners, settings.device)
         rates = _rounds(runners, cache, settings, lambda: _roofs(case, kind, warm_bytes, ceilings))
         result.rows = _rows(case, cache, kind, runners, rates, busy.others())
     return result
@@ -235,12 +241,19 @@ def _binder(call: Callable[..., Any]) -> Callable[..., Bound]:
     return lambda *inputs: lambda: call(*inputs)
 
 
-def _check(case: Case, runner: Runner, sets: list[tuple[Any, ...]]) -> str | None:
-    """Computes the first and the last set; why the answer is refused, None where it is right."""
-    worst = worst_absolute = 0.0
-    for inputs in (sets[0], sets[-1]):
-        with registry.use(**{case.op: "reference"}):
-            wanted = list(tensors((case.truth or case.call)(*_mapped(inputs, _double))))
+def _truths(case: Case, sets: list[tuple[Any, ...]]) -> list[Checked]:
+    """The first and the last set, or the last alone where the truth is costly, with their results in float64."""
+    chosen = sets[-1:] if case.flops > _COSTLY else [sets[0], sets[-1]]
+    with registry.use(**{case.op: "reference"}):
+        return [
+            (one, [t.double() for t in tensors((case.truth or case.call)(*_mapped(one, _double)))]) for one in chosen
+        ]
+
+
+def _check(runner: Runner, truths: list[Checked]) -> str | None:
+    """Computes those sets; why the answer is refused, None where it is right."""
+    runner.error = runner.error_absolute = 0.0
+    for inputs, wanted in truths:
         try:
             with registry.use(**runner.choice):
                 got = list(tensors(runner.bind(*_mapped(inputs, torch.clone))()))
@@ -249,16 +262,22 @@ def _check(case: Case, runner: Runner, sets: list[tuple[Any, ...]]) -> str | Non
         if len(got) < len(wanted[: runner.results]):
             return f"{len(got)} results; wanted {len(wanted)}"
         for g, w in zip(got, wanted, strict=False):
-            if g.shape != w.shape:
-                return f"shape {tuple(g.shape)}; wanted {tuple(w.shape)}"
-            if w.numel() == 0:
-                continue
-            absolute = (g.double() - w.double()).abs().max().item()
-            relative = absolute / max(w.double().abs().max().item(), 1e-30)
-            if not relative <= runner.tolerance:  # NaN is refused too
-                return f"wrong: error {relative:.2e} of the truth's largest value, allowed are {runner.tolerance:.0e}"
-            worst, worst_absolute = max(worst, relative), max(worst_absolute, absolute)
-    runner.error, runner.error_absolute = worst, worst_absolute
+            if reason := _compare(runner, g, w):
+                return reason
+    return None
+
+
+def _compare(runner: Runner, got: Tensor, wanted: Tensor) -> str | None:
+    """Keeps the largest error."""
+    if got.shape != wanted.shape:
+        return f"shape {tuple(got.shape)}; wanted {tuple(wanted.shape)}"
+    if wanted.numel() == 0:
+        return None
+    absolute = (got.double() - wanted).abs().max().item()
+    relative = absolute / max(wanted.abs().max().item(), 1e-30)
+    if not relative <= runner.tolerance:  # NaN is refused too
+        return f"wrong: error {relative:.2e} of the truth's largest value, allowed are {runner.tolerance:.0e}"
+    runner.error, runner.error_absolute = max(runner.error, relative), max(runner.error_absolute, absolute)
     return None
 
 
@@ -278,14 +297,20 @@ def _timed(calls: Sequence[Bound], device: torch.device) -> float:
     return (time.perf_counter() - began) / len(calls)
 
 
-def _rounds(runners: list[Runner], cache: Cache, settings: Settings, roofs: Callable[[], Any]) -> list[Any]:
-    """Takes the samples of all runners in turn; returns the ceilings of each round."""
+def _calibrate(case: Case, runners: list[Runner], device: torch.device) -> None:
+    """Warms up; how many calls make a sample, and whether one goes before it."""
+    moved = case.reads + case.writes
     for runner in runners:
         with registry.use(**runner.choice):
             runner.bound[-1]()
-            once = min(_timed(runner.bound[:1], settings.device) for _ in range(2))
+            once = min(_timed(runner.bound[:1], device) for _ in range(2))
         runner.calls = max(1, min(_MOST_CALLS, math.ceil(_SAMPLE / max(once, 1e-7))))
+        runner.warms = moved <= last_cache_bytes(device) and moved / _SLOW_MEMORY > _FELT * once
         runner.seconds = [once]
+
+
+def _rounds(runners: list[Runner], cache: Cache, settings: Settings, roofs: Callable[[], Any]) -> list[Any]:
+    """Takes the samples of all runners in turn; returns the ceilings of each round."""
     slowest = max(r.seconds.pop() for r in runners)
     repeats = min(settings.repeats, _SLOW_REPEATS) if slowest > _SLOW else settings.repeats
     roofs()
@@ -312,7 +337,7 @@ def _sample(runner: Runner, cache: Cache, turn: int, places: dict[str, int], dev
         calls = [bound[(places[runner.name] + i) % len(bound)] for i in range(count)]
         places[runner.name] += count
     with registry.use(**runner.choice):
-        if cache == "warm":
+        if cache == "warm" and runner.warms:
             calls[0]()
         return _timed(calls, device)
 
