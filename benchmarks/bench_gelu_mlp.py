@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from miss.benchmarks.harness import Bound, Case, Peer
+from miss.benchmarks.cases import Bound, Case, Peer
 from miss.benchmarks.inputs import normal, weight
 from miss.benchmarks.peers import onednn
 from miss.benchmarks.shapes import Linear, Shapes

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miss.benchmarks.harness import Bound, Case, Peer
+from miss.benchmarks.cases import Bound, Case, Peer
 from miss.benchmarks.inputs import normal, weight
 from miss.benchmarks.peers import onednn
 from miss.benchmarks.shapes import Linear, Shapes

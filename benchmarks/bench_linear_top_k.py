@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miss.benchmarks.harness import Bound, Case, Peer
+from miss.benchmarks.cases import Bound, Case, Peer
 from miss.benchmarks.inputs import int8_weight, normal, weight
 from miss.benchmarks.peers import head, onednn
 from miss.benchmarks.shapes import Linear, Shapes

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import miss.kernels
 from miss.benchmarks import compare, harness, plots, record, report, suite
+from miss.benchmarks.cases import Case, Peer, Settings
 from miss.benchmarks.ceilings import Ceilings
-from miss.benchmarks.harness import Case, Peer, Settings, measure
+from miss.benchmarks.harness import measure
 from miss.benchmarks.inputs import int4_weight, int8_weight, normal
 from miss.benchmarks.shapes import Shapes
 from miss.kernels.layer_norm import layer_norm
