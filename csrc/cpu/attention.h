@@ -25,7 +25,7 @@ struct AttentionArgs {
   Type type;  // of q, k, v, out: f32 or bf16
   const char *q, *k, *v;
   char* out;
-  float* lse;
+  float* lse;  // may be null for `single`
   int64_t heads, width;                      // width: a multiple of 32, at most 64 or a multiple of 64
   int64_t q_row, q_token, q_head;            // bytes
   int64_t k_token, k_head, v_token, v_head;  // bytes
@@ -51,9 +51,11 @@ struct AttentionGradArgs {
 };
 
 constexpr int64_t ATTENTION_CHUNK = 96;  // queries of a forward task
+constexpr int64_t SINGLE_HEADS = 12;     // heads of a task of single queries
 
 struct AttentionKernels {
   void (*forward)(const AttentionArgs& args);
+  void (*single)(const AttentionArgs& args);  // forward, one token a row, no dropout, heads 32 or 64 wide
   void (*backward)(const AttentionGradArgs& args);
 };
 

@@ -161,7 +161,7 @@ inline void nothing_visible(const AttentionArgs& a, const AttentionGroup& g, int
   for (int64_t j = first; j < end; ++j) {
     const int64_t row = j / g.tokens, token = j % g.tokens;
     memset(a.out + g.out + row * a.out_row + token * a.out_token + head * a.out_head, 0, static_cast<size_t>(bytes));
-    a.lse[g.lse + row * a.lse_row + token * a.lse_token + head * a.lse_head] = -__builtin_inff();
+    if (a.lse != nullptr) a.lse[g.lse + row * a.lse_row + token * a.lse_token + head * a.lse_head] = -__builtin_inff();
   }
 }
 

@@ -10,6 +10,7 @@
 #include "quantise.h"
 
 #include "attention.inl.h"
+#include "attention_single.inl.h"
 #include "attention_backward.inl.h"
 #include "ceilings.inl.h"
 #include "linear.inl.h"

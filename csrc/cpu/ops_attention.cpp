@@ -59,19 +59,20 @@ void set_dropout(AttentionArgs& a, double p, const std::optional<Tensor>& seed) 
   a.keep = static_cast<float>(1.0 / (1.0 - p));
 }
 
-// Numbers the tasks and decides how many of them are worth a thread: a million multiply-adds, about 10 us.
-void number_tasks(AttentionArgs& a, std::vector<AttentionGroup>& groups, int64_t chunk) {
-  int64_t tasks = 0, keys = 1;
+// Numbers the tasks, each of some heads of some of a group's queries, and decides how many of them are worth a thread: a
+// million multiply-adds, about 10 us.
+void number_tasks(AttentionArgs& a, std::vector<AttentionGroup>& groups, int64_t heads, int64_t chunk) {
+  int64_t tasks = 0, pairs = 1;
   for (AttentionGroup& g : groups) {
     g.first_task = tasks;
     const int64_t queries = g.rows * g.tokens;
-    tasks += a.heads * ((queries + chunk - 1) / chunk);
-    keys += queries * g.keys;
+    tasks += queries ? (a.heads + heads - 1) / heads * ((queries - 1) / chunk + 1) : 0;
+    pairs += queries * g.keys;
   }
   a.groups = groups.data();
   a.num_groups = static_cast<int64_t>(groups.size());
   a.num_tasks = tasks;
-  const int64_t work = keys * a.heads * a.width * 2 / (tasks ? tasks : 1);
+  const int64_t work = pairs * a.heads * a.width * 2 / (tasks ? tasks : 1);
   a.grain = 1 + 1000000 / (work ? work : 1);
 }
 
@@ -96,8 +97,22 @@ Tensor new_out(const Tensor& q) {
 
 void run(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& out, const Tensor& lse) {
   a.out = bytes_to(out), a.lse = lse.mutable_data_ptr<float>();
-  number_tasks(a, groups, ATTENTION_CHUNK);
+  number_tasks(a, groups, 1, ATTENTION_CHUNK);
   if (a.num_tasks) attention_kernels().forward(a);
+}
+
+// One query a row: which path runs is the shape's choice, never the batch's.
+void run_single(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& out) {
+  a.out = bytes_to(out);
+  number_tasks(a, groups, SINGLE_HEADS, INT64_MAX);
+  if (a.num_tasks) attention_kernels().single(a);
+}
+
+void run_batch(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& q, const Tensor& out,
+               const Tensor& lse) {
+  if (q.size(1) != 1 || a.dropout || a.width > 64) return run(a, groups, out, lse);
+  a.lse = lse.mutable_data_ptr<float>();
+  run_single(a, groups, out);
 }
 
 // q (rows, T, H, D); k, v (sources, N, H, D); dropout's mask over (rows, H, T, N).
@@ -191,7 +206,7 @@ static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tenso
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
   AttentionArgs a = batch_args(q, k, v, out, causal, scale, dropout_p, seed);
   std::vector<AttentionGroup> groups = batch_groups(a, q, k, v, lengths);
-  run(a, groups, out, lse);
+  run_batch(a, groups, q, out, lse);
   return {out, lse};
 }
 
@@ -211,28 +226,28 @@ static std::tuple<Tensor, Tensor> cross_forward(const Tensor& q, const Tensor& k
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
   AttentionArgs a = batch_args(q, k, v, out, false, scale, dropout_p, seed);
   std::vector<AttentionGroup> groups = image_groups(a, q, k, v, image_index, lengths);
-  run(a, groups, out, lse);
+  run_batch(a, groups, q, out, lse);
   return {out, lse};
 }
 
 // One query a row against its slot of a cache (S, L, H, D): q (R, H, D).
 static Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
                              const Tensor& lengths, double scale) {
-  Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(1)});
+  Tensor out = new_out(q);
   AttentionArgs a = start(q, k, v, out, scale);
+  STD_TORCH_CHECK(a.width <= 64, "decode_attention: heads are 32 or 64 wide");
   const int64_t size = a.type == Type::bf16 ? 2 : 4;
-  a.lse_head = 1;
   const Ints slot(slots), length(lengths);
   std::vector<AttentionGroup> groups(static_cast<size_t>(q.size(0)));
   for (int64_t r = 0; r < q.size(0); ++r) {
     AttentionGroup& g = groups[static_cast<size_t>(r)];
     STD_TORCH_CHECK(slot[r] >= 0 && slot[r] < k.size(0), "decode_attention: slot ", slot[r], " of ", k.size(0));
     g.k = slot[r] * k.stride(0) * size, g.v = slot[r] * v.stride(0) * size;
-    g.q = r * q.stride(0) * size, g.out = r * out.stride(0) * size, g.lse = r * a.heads;
+    g.q = r * q.stride(0) * size, g.out = r * out.stride(0) * size;
     g.keys = clamp(length[r], k.size(1));
     g.rows = g.tokens = 1;
   }
-  run(a, groups, out, lse);
+  run_single(a, groups, out);
   return out;
 }
 
