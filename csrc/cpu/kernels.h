@@ -11,6 +11,7 @@
 
 #include "attention.inl.h"
 #include "attention_single.inl.h"
+#include "attention_heads.inl.h"
 #include "attention_backward.inl.h"
 #include "ceilings.inl.h"
 #include "linear.inl.h"

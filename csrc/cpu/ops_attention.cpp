@@ -97,7 +97,8 @@ Tensor new_out(const Tensor& q) {
 
 void run(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& out, const Tensor& lse) {
   a.out = bytes_to(out), a.lse = lse.mutable_data_ptr<float>();
-  number_tasks(a, groups, 1, ATTENTION_CHUNK);
+  a.chunk = a.width > 64 ? 48 : 96;
+  number_tasks(a, groups, 1, a.chunk);
   if (a.num_tasks) attention_kernels().forward(a);
 }
 
@@ -295,6 +296,45 @@ static std::tuple<Tensor, Tensor, Tensor> cross_backward(const Tensor& dout, con
   return run_backward(a, groups, dout, q, k, out, lse);
 }
 
+// rows (R, T, H, in), dense but for the first two dimensions, times each head's weight: (R, T, H, out).
+static Tensor head_product(const Tensor& rows, const Tensor& weight, bool transposed, const std::optional<Tensor>& bias,
+                           const uint8_t* biased) {
+  const int64_t heads = rows.size(2), width = rows.size(3), size = type_of(rows) == Type::bf16 ? 2 : 4;
+  const int64_t per_head = weight.size(0) / heads, columns = transposed ? per_head : weight.size(1);
+  STD_TORCH_CHECK(type_of(weight) == type_of(rows) && weight.stride(1) == 1 && rows.stride(3) == 1 &&
+                      weight.size(1) % 64 == 0 && per_head % 32 == 0,
+                  "miss_cpu: weights dense, of one dtype, (H * 32 or 64, a multiple of 64)");
+  Tensor out = torch::stable::new_empty(rows, {rows.size(0), rows.size(1), heads, columns});
+  HeadProductArgs p{};
+  p.type = type_of(rows);
+  p.a = bytes_of(rows), p.weight = bytes_of(weight), p.bias = bytes_of(bias), p.out = bytes_to(out), p.biased = biased;
+  p.heads = heads, p.inner = width, p.columns = columns, p.outer = rows.size(0), p.tokens = rows.size(1);
+  p.a_outer = rows.stride(0) * size, p.a_token = rows.stride(1) * size, p.a_head = rows.stride(2) * size;
+  p.out_token = heads * columns * size, p.out_head = columns * size;
+  p.weight_row = weight.stride(0) * size, p.weight_head = per_head * p.weight_row, p.transposed = transposed;
+  if (p.outer > 0 && p.tokens > 0) attention_kernels().head_product(p);
+  return out;
+}
+
+// The absorbed form: all heads of a row are queries over one key, the tokens. lse (R, T * H).
+static std::tuple<Tensor, Tensor> tokens_forward(const Tensor& q, const Tensor& x, const Tensor& w_k, const Tensor& w_v,
+                                                 std::optional<Tensor> b_v, const Tensor& image_index,
+                                                 std::optional<Tensor> lengths, double scale) {
+  STD_TORCH_CHECK(!b_v.has_value() || (b_v->is_contiguous() && type_of(*b_v) == type_of(q)), "miss_cpu: b_v of q's dtype");
+  const int64_t rows = q.size(0), queries = q.size(1) * q.size(2), width = x.size(2);
+  Tensor absorbed = torch::stable::view(head_product(q, w_k, false, std::nullopt, nullptr), {rows, queries, 1, width});
+  Tensor mixed = new_out(absorbed), lse = new_lse(q, {rows, queries});
+  Tensor tokens = torch::stable::unsqueeze(x, 2);
+  AttentionArgs a = batch_args(absorbed, tokens, tokens, mixed, false, scale, 0.0, std::nullopt);
+  std::vector<AttentionGroup> groups = image_groups(a, absorbed, tokens, tokens, image_index, lengths);
+  run(a, groups, mixed, lse);
+  std::vector<uint8_t> biased;
+  if (lengths.has_value())
+    for (int64_t r = 0; r < rows; ++r) biased.push_back(Ints(*lengths)[Ints(image_index)[r]] > 0);
+  mixed = torch::stable::view(mixed, {rows, q.size(1), q.size(2), width});
+  return {head_product(mixed, w_v, true, b_v, lengths.has_value() ? biased.data() : nullptr), lse};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, bool causal, float scale, float dropout_p, "
@@ -315,6 +355,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
       "cross_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor image_index, Tensor? lengths, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "cross_attention_tokens(Tensor q, Tensor x, Tensor w_k, Tensor w_v, Tensor? b_v, Tensor image_index, "
+      "Tensor? lengths, float scale) -> (Tensor, Tensor)");
+  m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor lengths, float scale) -> Tensor");
 }
 
@@ -325,6 +368,7 @@ STABLE_TORCH_LIBRARY_IMPL(miss_cpu, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_varlen_backward", TORCH_BOX(&varlen_backward));
   m.impl("cross_attention_backward", TORCH_BOX(&cross_backward));
+  m.impl("cross_attention_tokens", TORCH_BOX(&tokens_forward));
   m.impl("decode_attention", TORCH_BOX(&decode_forward));
 }
 
