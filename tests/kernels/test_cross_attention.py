@@ -163,6 +163,13 @@ def test_tokens_without_a_bias(way: str) -> None:
             check_error_rule(*tokens_case([2, 1], (3, 9, 2, 32), int32([4, 9]), dropout_p, bias=False), torch.float32)
 
 
+def test_tokens_of_any_width() -> None:
+    torch.manual_seed(0)
+    ours, textbook, (q, x, w_k, w_v, b_v) = tokens_case([2, 1], (3, 9, 2, 32), int32([4, 9]), 0.0)
+    with route("torch", op.TOKENS_FORWARD):
+        check_error_rule(ours, textbook, [q, x[..., :40], w_k[:, :40], w_v[:, :40], b_v], torch.float32)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_groups_and_lengths(data: st.DataObject) -> None:
@@ -242,6 +249,34 @@ def test_a_row_does_not_depend_on_its_batch(form: str, way: str) -> None:
                 one = slice(image, image + 1)
                 alone = run(q[row : row + 1], source[one], int32([0]), lengths[one])
                 assert_close(together[row], alone[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(not CPU_ROUTES, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("form", CASES)
+def test_bitwise_the_same_whatever_rows_share_an_image(form: str, queries: int, dtype: torch.dtype) -> None:
+    counts = [1, 20, 0, 2]
+    torch.manual_seed(0)
+    index, lengths = index_of(counts), int32([71, 33, 8, 71])
+    _, _, inputs = CASES[form](counts, (queries, 71, 3, 32), None, 0.0)
+    q, source, *weights = (t.to(dtype) for t in inputs)
+
+    def run(q: Tensor, images: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
+        made = KV(images[:, :, 1], images[:, :, 2]) if form == "kv" else Tokens(images, *weights)
+        return cross_attention(q, made, index, lengths)
+
+    before = torch.get_num_threads()
+    with both("cpu"):
+        together = run(q, source, index, lengths)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = run(q, source, index, lengths)
+            torch.set_num_threads(before)
+            assert torch.equal(again, together)
+        for row, image in enumerate(index.tolist()):
+            one = slice(image, image + 1)
+            assert torch.equal(run(q[row : row + 1], source[one], int32([0]), lengths[one])[0], together[row])
 
 
 @pytest.mark.parametrize("form", CASES)
