@@ -17,8 +17,8 @@ A source is
 q, out (R, T, H, D); image_index int32 (R,), non-decreasing, in [0, I): images may have no rows, one, or many; lengths
 int32 (I,): valid keys of each source; a source of length 0 gives its rows zeros, and takes no gradient. float16,
 bfloat16, float32, float64, one dtype for all (never quantized: per-channel scales of an int8 w_k would lie on the axis
-that the absorbed form sums over); any strides; sums in float32 (float64 in float64). Invisible keys must be finite; NaN and infinity among the visible
-ones as in `attention`.
+that the absorbed form sums over); any strides; sums in float32 (float64 in float64). Invisible keys must be finite;
+NaN and infinity among the visible ones as in `attention`.
 The mask of dropout is `miss.kernels.dropout`'s over (R, H, T, N), whatever the source.
 
 An index that is not sorted or out of range is a ValueError on CPU. On CUDA finding out would wait for the device: there
