@@ -103,11 +103,16 @@ inline void write_strip(const AttentionArgs& a, const AttentionGroup& g, int64_t
   for (int r = 0; r < s.num_rows; ++r) {
     Value* to = reinterpret_cast<Value*>(a.out + g.out + s.row[r] * a.out_row + s.token[r] * a.out_token +
                                          head * a.out_head);
+    float& lse = a.lse[g.lse + s.row[r] * a.lse_row + s.token[r] * a.lse_token + head * a.lse_head];
+    if (s.visible[r] <= 0) {  // a causal query before the first key
+      memset(static_cast<void*>(to), 0, static_cast<size_t>(a.width) * sizeof(Value));
+      lse = -__builtin_inff();
+      continue;
+    }
     const vf factor = set1(1.0f / running.total[r]);
     for (int64_t d = 0; d < a.width; d += LANES) store(to + d, mul(load(sums + r * a.width + d), factor));
     const float top = running.top[r] == -__builtin_inff() ? 0.0f : running.top[r];
-    a.lse[g.lse + s.row[r] * a.lse_row + s.token[r] * a.lse_token + head * a.lse_head] =
-        top * a.scale + __builtin_logf(running.total[r]);
+    lse = top * a.scale + __builtin_logf(running.total[r]);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "functions.h"
 #include "micro.h"
+#include "shuffle.h"
 #include "spans.h"
 
 #include "gemm.h"
@@ -14,6 +15,7 @@
 #include "attention_heads.inl.h"
 #include "attention_backward.inl.h"
 #include "ceilings.inl.h"
+#include "convert.inl.h"
 #include "linear.inl.h"
 #include "norm.inl.h"
 #include "probe.inl.h"

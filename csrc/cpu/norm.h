@@ -4,14 +4,13 @@
 #include <stdint.h>
 
 #include "isa.h"
-#include "types.h"
 
 namespace miss {
 
 // The mask of kernels/dropout.py: element `index` is kept where its 16 bits of the hash are at least `threshold`.
 struct Dropout {
   bool on = false;
-  uint64_t seed = 0;
+  int64_t seed = 0;
   int32_t threshold = 0;
   float scale = 1.0f;  // of what is kept
 };
@@ -48,8 +47,6 @@ struct NormKernels {
   void (*forward_bf16)(const NormForward&);
   void (*backward_f32)(const NormBackward&);
   void (*backward_bf16)(const NormBackward&);
-  void (*widen)(const bf16* from, float* to, int64_t count);
-  void (*narrow)(const float* from, bf16* to, int64_t count);
 };
 
 MISS_TABLE(NormKernels, norm_kernels)

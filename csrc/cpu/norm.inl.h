@@ -2,6 +2,7 @@
 //
 // A row is read once from memory: the second pass of the variance and that of the result find it in the first level of
 // the cache (3 KB at width 768), and so do the codes the result.
+#include "dropout.inl.h"
 #include "norm.h"
 
 namespace miss {
@@ -10,37 +11,19 @@ namespace {
 
 constexpr int64_t NORM_GRAIN = 32768;  // numbers that are worth a thread
 
-// The mask of a row, as what to multiply with. Plain loops: the compiler has vectors of 64-bit words.
+// Dropout's factors of one row: `scale` where a number is kept, else 0.
 struct Mask {
-  const Dropout& dropout;
-  int64_t width;
-  uint64_t* words;
-  float* factors;
+  vf scale;
+  int threshold;
+  const int16_t* fields;
 
-  static int64_t room(int64_t width) { return 2 * (width / 4 + 2) + width; }  // floats
-  Mask(const Dropout& d, int64_t w, float* buffer)
-      : dropout(d), width(w), words(reinterpret_cast<uint64_t*>(buffer)), factors(buffer + 2 * (w / 4 + 2)) {}
-
-  const float* of(int64_t row) const {
-    const uint64_t begin = static_cast<uint64_t>(row * width);
-    const uint64_t group = begin / 4 + 1, start = dropout.seed + group * 0x9E3779B97F4A7C15u;
-    const int64_t offset = static_cast<int64_t>(begin % 4), groups = (offset + width + 3) / 4;
-    for (int64_t g = 0; g < groups; ++g) {
-      uint64_t z = start + static_cast<uint64_t>(g) * 0x9E3779B97F4A7C15u;
-      z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-      z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-      words[g] = z ^ (z >> 31);
-    }
-    const char* fields = reinterpret_cast<const char*>(words) + 2 * offset;
-    const int32_t threshold = dropout.threshold;
-    const float scale = dropout.scale;
-    for (int64_t i = 0; i < width; ++i) {
-      int16_t field;
-      memcpy(&field, fields + 2 * i, 2);
-      factors[i] = field >= threshold ? scale : 0.0f;
-    }
-    return factors;
+  static int64_t room(int64_t width) { return width + FIELD_SLACK; }
+  // Those of the row that begins with number `first`; `buffer` has that room.
+  Mask(const Dropout& dropout, int64_t first, int64_t width, int16_t* buffer)
+      : scale(set1(dropout.scale)), threshold(dropout.threshold), fields(nullptr) {
+    if (dropout.on) fields = keep_fields(dropout.seed, first, width, buffer);
   }
+  vf at(int64_t i) const { return kept(scale, fields + i, threshold); }
 };
 
 // The row that begins `at` numbers into a matrix; nullptr of a matrix that there is not.
@@ -56,12 +39,12 @@ inline T* row_to(void* p, int64_t at) {
 // Reads a row (and adds its residual into `summed`); the sum of it. What is stored as `summed` is what is normalised, so
 // that backward, which only has the stored one, differentiates the same.
 template <class T, bool ADD, bool DROP>
-inline float gather(const T* x, const T* residual, const float* mask, T* summed, int64_t width) {
+inline float gather(const T* x, const T* residual, const Mask& mask, T* summed, int64_t width) {
   vf sums[4] = {zero(), zero(), zero(), zero()};
   spans(width, [&](int64_t i, auto span) {
     vf v = get(x + i, span);
     if constexpr (ADD) {
-      v = DROP ? fma(v, get(mask + i, span), get(residual + i, span)) : add(v, get(residual + i, span));
+      v = DROP ? fma(v, mask.at(i), get(residual + i, span)) : add(v, get(residual + i, span));
       v = stored(v, x);
       put(summed + i, v, span);
     }
@@ -115,17 +98,17 @@ void norm_forward(const NormForward& n) {
   const int64_t width = n.width;
   parallel(n.rows, NORM_GRAIN / width + 1, [&](int64_t begin, int64_t end) {
     float* buffer = scratch_of<float>(7, width + Mask::room(width));
-    const Mask mask(n.dropout, width, buffer);
-    buffer += Mask::room(width);
+    int16_t* fields = reinterpret_cast<int16_t*>(buffer + width);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t at = row * width;
       const T *x = row_of<T>(n.x, at), *residual = row_of<T>(n.residual, at);
       T *summed = row_to<T>(n.summed, at), *y = row_to<T>(n.y, at);
       const T* values = residual == nullptr ? x : summed;
+      const Mask mask(n.dropout, at, width, fields);
       float all;
-      if (residual == nullptr) all = gather<T, false, false>(x, nullptr, nullptr, nullptr, width);
-      else if (n.dropout.on) all = gather<T, true, true>(x, residual, mask.of(row), summed, width);
-      else all = gather<T, true, false>(x, residual, nullptr, summed, width);
+      if (residual == nullptr) all = gather<T, false, false>(x, nullptr, mask, nullptr, width);
+      else if (n.dropout.on) all = gather<T, true, true>(x, residual, mask, summed, width);
+      else all = gather<T, true, false>(x, residual, mask, summed, width);
       const float mean = all / static_cast<float>(width);
       const float rstd = 1.0f / __builtin_sqrtf(variance(values, width, mean) + n.eps);
       if (n.mean != nullptr) n.mean[row] = mean;
@@ -138,7 +121,7 @@ void norm_forward(const NormForward& n) {
 
 // One row of dx, and what the row adds to the weights' gradients.
 template <class T, bool ADD, bool DROP>
-inline void norm_backward_row(const NormBackward& n, int64_t row, const float* mask, float* dweight, float* dbias) {
+inline void norm_backward_row(const NormBackward& n, int64_t row, const Mask& mask, float* dweight, float* dbias) {
   const int64_t at = row * n.width;
   const T *dy = static_cast<const T*>(n.dy) + at, *x = static_cast<const T*>(n.x) + at;
   const vf middle = set1(n.mean[row]), scale = set1(n.rstd[row]);
@@ -160,7 +143,7 @@ inline void norm_backward_row(const NormBackward& n, int64_t row, const float* m
     if constexpr (ADD) {
       dx = add(dx, get(static_cast<const T*>(n.dsummed) + at + i, span));
       put(static_cast<T*>(n.dresidual) + at + i, dx, span);
-      if constexpr (DROP) dx = mul(dx, get(mask + i, span));
+      if constexpr (DROP) dx = mul(dx, mask.at(i));
     }
     put(static_cast<T*>(n.dx) + at + i, dx, span);
   });
@@ -171,15 +154,16 @@ void norm_backward(const NormBackward& n) {
   const int64_t width = n.width, size = (n.rows + NORM_BLOCKS - 1) / NORM_BLOCKS;
   const int64_t blocks = size == 0 ? 0 : (n.rows + size - 1) / size;
   parallel(blocks, NORM_GRAIN / (size * width + 1) + 1, [&](int64_t begin, int64_t end) {
-    const Mask mask(n.dropout, width, scratch_of<float>(7, Mask::room(width)));
+    int16_t* fields = scratch_of<int16_t>(7, Mask::room(width));
     for (int64_t block = begin; block < end; ++block) {
       float *dweight = n.partial + block * 2 * width, *dbias = dweight + width;
       memset(dweight, 0, static_cast<size_t>(2 * width) * sizeof(float));
       const int64_t stop = (block + 1) * size < n.rows ? (block + 1) * size : n.rows;
       for (int64_t row = block * size; row < stop; ++row) {
-        if (n.dresidual == nullptr) norm_backward_row<T, false, false>(n, row, nullptr, dweight, dbias);
-        else if (n.dropout.on) norm_backward_row<T, true, true>(n, row, mask.of(row), dweight, dbias);
-        else norm_backward_row<T, true, false>(n, row, nullptr, dweight, dbias);
+        const Mask mask(n.dropout, row * width, width, fields);
+        if (n.dresidual == nullptr) norm_backward_row<T, false, false>(n, row, mask, dweight, dbias);
+        else if (n.dropout.on) norm_backward_row<T, true, true>(n, row, mask, dweight, dbias);
+        else norm_backward_row<T, true, false>(n, row, mask, dweight, dbias);
       }
     }
   });
@@ -192,18 +176,10 @@ void norm_backward(const NormBackward& n) {
     });
 }
 
-void widen(const bf16* from, float* to, int64_t count) {
-  spans(count, [&](int64_t i, auto span) { put(to + i, get(from + i, span), span); });
-}
-
-void narrow(const float* from, bf16* to, int64_t count) {
-  spans(count, [&](int64_t i, auto span) { put(to + i, get(from + i, span), span); });
-}
-
 }  // namespace
 
 extern const NormKernels norm_kernels = {norm_forward<float>, norm_forward<bf16>, norm_backward<float>,
-                                         norm_backward<bf16>, widen,              narrow};
+                                         norm_backward<bf16>};
 
 }  // namespace MISS_ISA
 }  // namespace miss

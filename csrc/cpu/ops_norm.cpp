@@ -2,6 +2,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "convert.h"
 #include "norm.h"
 #include "parallel.h"
 #include "torch_abi.h"
@@ -14,24 +15,20 @@ using Maybe = std::optional<Tensor>;
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-Tensor like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+Tensor like(const Tensor& t, ScalarType dtype) { return allocate(t.sizes().data(), t.dim(), dtype); }
+Tensor like(const Tensor& t) { return like(t, t.scalar_type()); }
 
 // (…) float32 for each row of (…, C)
-Tensor a_row(const Tensor& x) {
-  auto sizes = x.sizes();
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size() - 1}, ScalarType::Float);
-}
+Tensor a_row(const Tensor& x) { return allocate(x.sizes().data(), x.dim() - 1, ScalarType::Float); }
 
-Tensor floats(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {&count, 1}, ScalarType::Float);
-}
+Tensor floats(int64_t count) { return allocate(&count, 1, ScalarType::Float); }
 
 // Weight or bias as float32; `room` is where to, if it is not yet.
 const float* as_floats(const Tensor& t, int64_t width, float* room) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == width && t.is_contiguous(), "layer_norm: a parameter is not (", width, ",)");
   if (type_of(t) == Type::f32) return t.const_data_ptr<float>();
   STD_TORCH_CHECK(type_of(t) == Type::bf16, "layer_norm: parameters are float32 or bfloat16");
-  norm_kernels().widen(reinterpret_cast<const bf16*>(bytes_of(t)), room, width);
+  convert_kernels().widen(reinterpret_cast<const bf16*>(bytes_of(t)), room, width);
   return room;
 }
 
@@ -41,7 +38,7 @@ Dropout dropout_of(double p, const Maybe& seed) {
   STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
                   "dropout wants a seed, one int64");
   dropout.on = true;
-  dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  dropout.seed = *seed->const_data_ptr<int64_t>();
   dropout.threshold = static_cast<int32_t>(std::fmin(std::nearbyint(p * 65536.0), 65535.0)) - 32768;
   dropout.scale = static_cast<float>(1.0 / (1.0 - p));
   return dropout;
@@ -104,7 +101,7 @@ void write_codes(NormForward& n, const Tensor& codes, const Tensor& scale) {
 }
 
 std::tuple<Tensor, Tensor> layer_norm_quantised(const Tensor& given, const Tensor& weight, const Tensor& bias, double eps) {
-  Tensor x = dense(given), scale = a_row(x), codes = torch::stable::new_empty(x, x.sizes(), ScalarType::Byte);
+  Tensor x = dense(given), scale = a_row(x), codes = like(x, ScalarType::Byte);
   NormForward n = forward_of(x, weight, bias, eps);
   write_codes(n, codes, scale);
   run(n, x);
@@ -115,9 +112,9 @@ std::tuple<Tensor, Tensor> layer_norm_quantised(const Tensor& given, const Tenso
 Four add_layer_norm_quantised(const Tensor& given, const Tensor& given_residual, const Tensor& weight,
                               const Tensor& bias, double eps, bool keep_y) {
   Tensor x = dense(given), residual = dense(given_residual), summed = like(x), scale = a_row(x);
-  Tensor codes = torch::stable::new_empty(x, x.sizes(), ScalarType::Byte);
+  Tensor codes = like(x, ScalarType::Byte);
   const int64_t none = 0;
-  Tensor y = keep_y ? like(x) : torch::stable::new_empty(x, {&none, 1});
+  Tensor y = keep_y ? like(x) : allocate(&none, 1, x.scalar_type());
   NormForward n = forward_of(x, weight, bias, eps);
   add_residual(n, x, residual, summed);
   if (keep_y) n.y = bytes_to(y);
@@ -152,7 +149,7 @@ void run(const NormBackward& n, const Tensor& x) {
 Three layer_norm_backward(const Tensor& given_dy, const Tensor& given, const Tensor& weight, const Tensor& given_mean,
                           const Tensor& given_rstd) {
   Tensor dy = dense(given_dy), x = dense(given), mean = dense(given_mean), rstd = dense(given_rstd), dx = like(x);
-  Tensor dweight = floats(x, weight.numel()), dbias = floats(x, weight.numel());
+  Tensor dweight = floats(weight.numel()), dbias = floats(weight.numel());
   NormBackward n = backward_of(dy, x, weight, mean, rstd, dweight, dbias);
   n.dx = bytes_to(dx);
   run(n, x);
@@ -164,7 +161,7 @@ Four add_layer_norm_backward(const Tensor& given_dy, const Tensor& given_dsummed
                              const Maybe& seed) {
   Tensor dy = dense(given_dy), dsummed = dense(given_dsummed), x = dense(given);
   Tensor mean = dense(given_mean), rstd = dense(given_rstd), dx = like(x), dresidual = like(x);
-  Tensor dweight = floats(x, weight.numel()), dbias = floats(x, weight.numel());
+  Tensor dweight = floats(weight.numel()), dbias = floats(weight.numel());
   NormBackward n = backward_of(dy, x, weight, mean, rstd, dweight, dbias);
   STD_TORCH_CHECK(dsummed.numel() == x.numel() && dsummed.scalar_type() == x.scalar_type(),
                   "layer_norm: dsummed is not like summed");

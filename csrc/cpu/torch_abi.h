@@ -32,4 +32,21 @@ inline const char* bytes_of(const Tensor& t) { return static_cast<const char*>(t
 inline const char* bytes_of(const std::optional<Tensor>& t) { return t.has_value() ? bytes_of(*t) : nullptr; }
 inline char* bytes_to(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
 
+// A new contiguous CPU tensor. PyTorch's own functions of this kind look their operator up by its name at each call:
+// 1.1 us instead of 0.4 us, three times in an operation that a decode step calls hundreds of times.
+inline Tensor allocate(const int64_t* sizes, int64_t dim, ScalarType dtype) {
+  int64_t strides[16];
+  STD_TORCH_CHECK(dim <= 16, "miss_cpu: tensors have at most 16 dimensions, got ", dim);
+  int64_t stride = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 }  // namespace miss

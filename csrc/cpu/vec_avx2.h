@@ -139,28 +139,6 @@ inline vi dot_u8s8(vi a, vi b, vi c) {
 inline void store_code(uint8_t* p, vf a) { store_byte(p, addi(to_int(a), set1i(128))); }
 inline void store_code_n(uint8_t* p, vf a, int n) { store_byte_n(p, addi(to_int(a), set1i(128)), n); }
 
-// 8 x 8 words, rows to columns.
-inline void transpose(vi (&m)[8]) {
-  vi t[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    t[i] = i % 2 ? _mm256_unpackhi_epi32(m[i - 1], m[i]) : _mm256_unpacklo_epi32(m[i], m[i + 1]);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    int j = i / 4 * 4;
-    vi a = t[j + (i % 4 >= 2 ? 1 : 0)], b = t[j + 2 + (i % 4 >= 2 ? 1 : 0)];
-    m[i] = i % 2 ? _mm256_unpackhi_epi64(a, b) : _mm256_unpacklo_epi64(a, b);
-  }
-  // m[4j + c] now holds columns c and 4 + c of rows 4j … 4j + 3, 128 bits each.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    t[c] = _mm256_permute2x128_si256(m[c], m[4 + c], 0x20);
-    t[4 + c] = _mm256_permute2x128_si256(m[c], m[4 + c], 0x31);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) m[i] = t[i];
-}
-
 // 16 floats as bf16, in their order.
 inline vi pair_bf16(vf low, vf high) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(to_bf16(low)), to_bf16(high), 1);

@@ -111,32 +111,6 @@ inline vi dot_u8s8(vi a, vi b, vi c) {
 inline void store_code(uint8_t* p, vf a) { store_byte(p, addi(to_int(a), set1i(128))); }
 inline void store_code_n(uint8_t* p, vf a, int n) { store_byte_n(p, addi(to_int(a), set1i(128)), n); }
 
-// 16 x 16 words, rows to columns.
-inline void transpose(vi (&m)[16]) {
-  vi t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    t[i] = i % 2 ? _mm512_unpackhi_epi32(m[i - 1], m[i]) : _mm512_unpacklo_epi32(m[i], m[i + 1]);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {  // t[4j + (0 lo, 1 hi)] with t[4j + 2 + …]
-    int j = i / 4 * 4;
-    vi a = t[j + (i % 4 >= 2 ? 1 : 0)], b = t[j + 2 + (i % 4 >= 2 ? 1 : 0)];
-    m[i] = i % 2 ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b);
-  }
-  // m[4j + c] now holds columns c, 4 + c, 8 + c, 12 + c of rows 4j … 4j + 3, 128 bits each.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    vi low = _mm512_shuffle_i32x4(m[c], m[4 + c], 0x88), high = _mm512_shuffle_i32x4(m[c], m[4 + c], 0xdd);
-    vi low2 = _mm512_shuffle_i32x4(m[8 + c], m[12 + c], 0x88), high2 = _mm512_shuffle_i32x4(m[8 + c], m[12 + c], 0xdd);
-    t[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
-    t[8 + c] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-    t[4 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
-    t[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) m[i] = t[i];
-}
-
 // 32 floats as bf16, in their order.
 inline vi pair_bf16(vf low, vf high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(high), 1);

@@ -6,23 +6,65 @@ Knows where a row goes; does not know what it holds, or who owns a slot.
     kv_reorder:  cache[target[r]] = cache[source[r]] as it was before    overlapping permutations are right
 
 Any dtype and strides; new rows are cast to the caches' dtype. slots, positions, source, target int32 or int64 (R,), in
-range (the caller's word: reading them on the host would wait for a CUDA device; on CPU PyTorch raises IndexError
-above the range); (slot, position) pairs and targets are distinct. No gradient flows through the cache.
+range (the caller's word: reading them on the host would wait for a CUDA device; on CPU an index above the range raises
+IndexError, and the `cpu` rows refuse negative ones too); (slot, position) pairs and targets are distinct. No gradient
+flows through the cache.
 """
 
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
 from miss.kernels.kv_cache import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, lazy
+
+CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def _runs(t: Tensor) -> bool:
+    """Whether (…, H, D) keeps the numbers of a row's heads one behind another."""
+    heads, width = t.shape[-2:]
+    across, along = t.stride()[-2:]
+    return (along == 1 or width == 1) and (across == width or heads == 1)
+
+
+def _append_limits(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
+    if not v_cache.dtype == k_cache.dtype or not k.dtype == v.dtype or k.dtype not in CPU_DTYPES:
+        return "takes float32 and bfloat16, k and v alike"
+    return (
+        None
+        if _runs(k) and _runs(v) and _runs(k_cache) and _runs(v_cache)
+        else "needs the heads of a row one behind another"
+    )
+
+
+def _reorder_limits(k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
+    return None if _runs(k_cache) and _runs(v_cache) else "needs the heads of a row one behind another"
+
 
 APPEND = Op(
     "kv_append",
+    Impl(
+        "cpu",
+        lazy("kv_cache.cpu_impl", "append"),
+        device="cpu",
+        dtypes=CPU_DTYPES,
+        needs=extension.missing,
+        limits=_append_limits,
+    ),
     Impl("torch", torch_impl.append, dtypes=ALL_FLOATS),
     Impl("reference", reference.append, dtypes=ALL_FLOATS),
 )
 REORDER = Op(
     "kv_reorder",
+    Impl(
+        "cpu",
+        lazy("kv_cache.cpu_impl", "reorder"),
+        device="cpu",
+        dtypes=ALL_FLOATS,
+        needs=extension.missing,
+        limits=_reorder_limits,
+    ),
     Impl("torch", torch_impl.reorder, dtypes=ALL_FLOATS),
     Impl("reference", reference.reorder, dtypes=ALL_FLOATS),
 )

@@ -22,6 +22,7 @@ COMMANDS = {
     "data": "check and pack data sets",
     "doctor": "show what is installed and works here, and what to do where answering does not",
     "kernels": "list every operation's implementations and the CPU kernels' instruction sets",
+    "bench": "time the operations against this machine's ceilings, compare two runs",
     "explain": "show which implementation of each operation runs here, and why not the others",
 }
 

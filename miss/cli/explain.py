@@ -19,6 +19,7 @@ from miss.kernels.decode_attention import decode_attention
 from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.kv_cache import kv_append, kv_reorder
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
+from miss.kernels.linear import linear, prepare
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import pack_int4, pack_int8, quant_embedding, quant_linear
 from miss.models.config import MissConfig, did_you_mean
@@ -102,6 +103,12 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         q, k, v = s.leaf(s.images, s.tokens, 3, vision.num_heads, wide // vision.num_heads).unbind(2)
         return attention(q, k, v)
 
+    def project(x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight, s.leaf(wide), s.leaf(*image), prepare(weight))
+
+    def expand(x: Tensor, weight: Tensor) -> Tensor:
+        return gelu_mlp(x, weight, s.leaf(inner), prepare(weight))
+
     def kv_source() -> KV:
         return KV(s.heads_of(s.images, s.tokens), s.heads_of(s.images, s.tokens))
 
@@ -122,7 +129,8 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "add_layer_norm_quantised": lambda: add_layer_norm_quantised(
             s.leaf(*text).detach(), s.leaf(*text).detach(), s.leaf(width).detach(), s.leaf(width).detach()
         ),
-        "gelu_mlp": lambda: gelu_mlp(s.leaf(*image), s.leaf(inner, wide), s.leaf(inner)),
+        "linear": lambda: project(s.leaf(*image), s.leaf(wide, wide)),
+        "gelu_mlp": lambda: expand(s.leaf(*image), s.leaf(inner, wide)),
         "attention": attend,
         "attention_varlen": lambda: attention_varlen(
             s.heads_of(32), s.heads_of(32), s.heads_of(32), s.whole(0, 5, 12, 21, 32), 11

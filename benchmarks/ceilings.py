@@ -1,0 +1,172 @@
+"""How fast this machine can be at all: multiply-add rates and bandwidths, in short bursts.
+
+Knows the ceiling loops of csrc/ and what stands in for them where they are not built; does not know operations.
+
+A burst takes a few milliseconds, so that it can stand between two measurements of an operation: a host's clock varies
+by tens of percent within seconds, and a share is only worth something against a ceiling of the same moment.
+"""
+
+import contextlib
+import functools
+import mmap
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miss.kernels import extension
+
+KINDS = ("fp32", "bf16", "int8")  # fp16 too on cuda
+_TURNS = 400_000  # 1.5 to 3 ms of the loops in csrc/cpu/ceilings.inl.h
+_BUFFER = 256 << 20  # eight times the 32 MB of L3 that this code was written on: what is read is never still there
+_PIECE = 64 << 20
+_BURST = 5e-4  # seconds that reading from a cache is repeated for
+_SIDE = {"cpu": 1024, "cuda": 8192}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Ceilings:
+    """The ceilings of one device. `source` says what measures them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.own = device.type == "cpu" and extension.missing() is None
+        self._loops: Any = extension.ops() if self.own else None
+        side = _SIDE[device.type]
+        self.source = (
+            f"loops of csrc/cpu ({extension.isa()}), reads and streaming copies of huge pages"
+            if self.own
+            else f"torch.matmul and torch._int_mm of {side} x {side}, torch.sum, torch.Tensor.copy_"
+        )
+        self.kinds = KINDS if device.type == "cpu" else ("fp32", "bf16", "fp16", "int8")
+        self._buffers: dict[int, Tensor] = {}
+        self._matrices: dict[str, Tensor] = {}
+        self._place = 0
+
+    def rate(self, kind: str) -> float:
+        """Operations a second (a multiply-add counts as two) of one burst on all threads."""
+        if self.own:
+            start = time.perf_counter()
+            operations = float(self._loops.ceiling_rate(kind, _TURNS))
+            return operations / (time.perf_counter() - start)
+        matrix = self._matrix(kind)
+        product = torch._int_mm if kind == "int8" else torch.mm
+        return 2.0 * len(matrix) ** 3 / self._seconds(lambda: product(matrix, matrix.t()), 1)
+
+    def bandwidth(self, kind: str, nbytes: int | None = None) -> float:
+        """Bytes a second of reading (`read`) or of reading and writing (`copy`).
+
+        Args:
+            nbytes: from caches: a piece of memory of this size again and again. None: from memory.
+        """
+        half = 2 if kind == "copy" else 1
+        if nbytes is None:
+            piece, repeats = self._next(_PIECE // half), 1
+        else:
+            size = max(1 << 14, nbytes // half)
+            piece = self._buffer(0)[: min(size // 4096 * 1024, _BUFFER // 4)]
+            repeats = max(1, int(_BURST * 6e10 / (piece.nbytes * half)))
+        target = self._buffer(1)[: piece.numel()] if kind == "copy" else piece
+        ways = self._ways(kind, piece, target, nbytes is not None)
+        return max(piece.nbytes * half * repeats / self._seconds(way, repeats, nbytes is not None) for way in ways)
+
+    def _ways(self, kind: str, piece: Tensor, target: Tensor, cached: bool) -> list[Callable[[], Any]]:
+        """What reads or copies; the fastest counts."""
+        if kind == "read":
+            return [functools.partial(self._loops.ceiling_read, piece), piece.sum] if self.own else [piece.sum]
+        plain = functools.partial(target.copy_, piece)
+        if not self.own:
+            return [plain]
+        streamed = functools.partial(self._loops.ceiling_copy, piece, target)
+        return [streamed, plain] if cached else [streamed]  # what is streamed never stays in a cache
+
+    def _seconds(self, call: Callable[[], Any], repeats: int, warm: bool = False) -> float:
+        if warm:
+            call()
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _buffer(self, index: int) -> Tensor:
+        if index not in self._buffers:
+            self._buffers[index] = (
+                _huge(_BUFFER) if self.device.type == "cpu" else torch.empty(_BUFFER // 4, device="cuda")
+            )
+            self._buffers[index].fill_(1)
+        return self._buffers[index]
+
+    def _next(self, nbytes: int) -> Tensor:
+        """The next piece of the buffer, so that none is read again before all others were."""
+        count = nbytes // 4096 * 1024
+        if self._place + count > _BUFFER // 4:
+            self._place = 0
+        piece = self._buffer(0)[self._place : self._place + count]
+        self._place += count
+        return piece
+
+    def _matrix(self, kind: str) -> Tensor:
+        if kind not in self._matrices:
+            side = _SIDE[self.device.type]
+            full = torch.randn(side, side, device=self.device)
+            self._matrices[kind] = (full * 40).to(torch.int8) if kind == "int8" else full.to(_DTYPES[kind])
+        return self._matrices[kind]
+
+    def record(self, repeats: int = 5) -> dict[str, Any]:
+        """All ceilings, with all threads and (on CPU) with one: the median, and (largest - smallest) / median."""
+        found: dict[str, Any] = {"source": self.source}
+        threads = torch.get_num_threads()
+        for count in sorted({1, threads}) if self.device.type == "cpu" else [threads]:
+            torch.set_num_threads(count)
+            try:
+                found[f"threads_{count}" if self.device.type == "cpu" else "device"] = self._all(repeats)
+            finally:
+                torch.set_num_threads(threads)
+        return found
+
+    def _all(self, repeats: int) -> dict[str, Any]:
+        bursts = {f"{kind}_gflops": functools.partial(self.rate, kind) for kind in self.kinds}
+        bursts |= {
+            "read_gbps": functools.partial(self.bandwidth, "read"),
+            "copy_gbps": functools.partial(self.bandwidth, "copy"),
+            "read_l2_gbps": functools.partial(self.bandwidth, "read", 512 << 10),
+            "read_l3_gbps": functools.partial(self.bandwidth, "read", 8 << 20),
+        }
+        found = {}
+        for name, burst in bursts.items():
+            burst()
+            values = [burst() / 1e9 for _ in range(repeats)]
+            middle = statistics.median(values)
+            found[name] = {"median": round(middle, 1), "spread": round((max(values) - min(values)) / middle, 3)}
+        return found
+
+
+def _huge(nbytes: int) -> Tensor:
+    """Floats in huge pages where the system has them. With pages of 4 KB every 4 KB end the processor's prefetching:
+    on two Zen 4 cores one thread reads 16 GB/s of them, 30 of huge pages, and both 23, or 28 in four streams each, and
+    34. The ceiling is that of the hardware; what an implementation loses by its pages is its own loss."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes // 4)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets none
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def last_cache_bytes(device: torch.device) -> int:
+    """Of the last cache before memory; 32 MB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    found = [text for text in (path.read_text().strip() for path in sizes) if text[:-1].isdigit()]
+    return max((int(t[:-1]) << {"K": 10, "M": 20, "G": 30}[t[-1]] for t in found), default=32 << 20)

@@ -1,0 +1,1 @@
+"""What others offer for the same operations, each at its best settings."""

@@ -1,0 +1,60 @@
+"""oneDNN's linears with packed weights, reached through PyTorch's dispatcher, and the passes that go with them.
+
+Knows torch.ops.mkldnn and torch.ops.onednn; does not know our implementations.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miss.benchmarks.harness import Bound
+from miss.benchmarks.peers.passes import quantise_rows
+from miss.kernels.quant_linear import PackedWeight
+
+_SHIFT = 128  # oneDNN's fast int8 product takes unsigned rows: codes are shifted by this zero point
+
+
+def missing() -> str | None:
+    return None if torch.backends.mkldnn.is_available() else "this PyTorch has no oneDNN"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, after: Callable[[Tensor], Tensor] | None = None) -> Bound:
+    """x @ weight.T + bias with the weight packed for x's number of rows; `after` is a pass of its own."""
+    product = _product(x, weight, bias, "none", "")
+    return product if after is None else lambda: after(product())
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Bound:
+    """The exact GELU in oneDNN's own epilogue."""
+    return _product(x, weight, bias, "gelu", "none")
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, post: str, algorithm: str) -> Bound:
+    rows, shape = x.flatten(0, -2), (*x.shape[:-1], len(weight))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(rows))
+    run: Any = torch.ops.mkldnn._linear_pointwise
+    return lambda: run(rows, packed, bias, post, [], algorithm).view(shape)
+
+
+def int8_product(num_rows: int, weight: PackedWeight, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """uint8 rows (R, K) -> float32 (R, N), weights packed, their scales and the bias in oneDNN's epilogue."""
+    packed = torch.ops.onednn.qlinear_prepack(weight.data, [num_rows, weight.shape[1]])
+    zeros, scale = torch.zeros(weight.shape[0], dtype=torch.int64), weight.scale
+    run: Any = torch.ops.onednn.qlinear_pointwise
+    return lambda codes: run(codes, 1.0, _SHIFT, packed, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], "")
+
+
+def quant_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Bound:
+    """W8A8 with a scale a row: quantise, oneDNN's product, then rescale and bias in passes."""
+    rows, shape = x.flatten(0, -2), (*x.shape[:-1], weight.shape[0])
+    product = int8_product(len(rows), weight, None)
+
+    def run() -> Tensor:
+        codes, scale = quantise_rows(rows)
+        y = product(codes).mul_(scale)
+        y = y if bias is None else y.add_(bias)
+        return y.to(x.dtype).view(shape)
+
+    return run

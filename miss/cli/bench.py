@@ -1,0 +1,150 @@
+"""`miss bench`: times every operation and its peers against this machine's ceilings; compares two such runs.
+
+    miss bench kernels                    all operations at the shapes of base, on CPU
+    miss bench kernels --op attention --dtype bfloat16 --shapes small --out runs/bench
+    miss bench compare before.jsonl after.jsonl --limit 10
+
+Knows flags, what is printed and which files are written; does not know how anything is measured.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+
+@dataclass
+class KernelArgs:
+    """Time every operation, shape, dtype and implementation: GFLOP/s, GB/s, share of measured ceilings, error."""
+
+    op: tuple[str, ...] = ()
+    """Only these operations, or folders of kernels/; all where none is named."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run."""
+    dtype: tuple[str, ...] = ()
+    """float32, bfloat16, float16; w8a8, w8, w4: only these packed weights. Default: float32 bfloat16; bfloat16 float16
+    on cuda."""
+    shapes: tuple[str, ...] = ("base",)
+    """Of which models: small, base, large; or four numbers B,M,N,K, one linear of B * M rows."""
+    repeats: int = 20
+    """Samples of each; at most 7 where one takes over 0.3 s."""
+    threads: int = 0
+    """0: as PyTorch decides."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+    out: Path | None = None
+    """A folder for kernels-<device>.jsonl, a roofline and a plot an operation."""
+
+
+@dataclass
+class CompareArgs:
+    """What got faster or slower beyond the noise. Exit code 1 where one of ours got slower by more than the limit."""
+
+    before: Annotated[Path, tyro.conf.Positional]
+    """What `miss bench kernels` wrote or printed: a file, or the folder."""
+    after: Annotated[Path, tyro.conf.Positional]
+    """The same of the later run."""
+    limit: float = 10.0
+    """Percent that one may be slower, seen against the ceilings and the peers of its run."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def kernels(args: KernelArgs) -> int:
+    from miss.benchmarks import record, report, suite
+    from miss.benchmarks.ceilings import Ceilings
+    from miss.benchmarks.harness import Settings
+
+    device = _device(args)
+    if args.out is not None:
+        import matplotlib  # noqa: F401  (what is not installed is said before ten minutes of measuring, not after)
+
+        args.out.mkdir(parents=True, exist_ok=True)
+    cases = suite.select(args.op, args.dtype, args.shapes, device)
+    if not cases:
+        raise ValueError("none of these operations has a case of these shapes and dtypes")
+    say: Callable[[str], None] = (lambda text: None) if args.json else print
+    environment = {**record.environment(device), "before": record.moment()}
+    say(report.environment(environment))
+    ceilings = Ceilings(device)
+    first = ceilings.record()
+    say(f"{report.ceilings(first)}\n\n{report.heading()}")
+    settings = Settings(device, args.repeats)
+    result = suite.run(cases, settings, ceilings, _progress(args.json), lambda *one: say(report.block(*one)))
+    environment["after"] = record.moment()
+    found = {**first, "after": ceilings.record()}
+    say(report.ceilings(found["after"]))
+    run = record.summary(environment, found, result)
+    if args.out is not None:
+        _write(args.out, run, say)
+    print(json.dumps(run))
+    return 1 if any(refused["ours"] for refused in result.refused) else 0
+
+
+def _device(args: KernelArgs) -> torch.device:
+    if args.repeats < 1 or args.threads < 0:
+        raise ValueError(f"--repeats {args.repeats} --threads {args.threads}: wanted at least 1 and 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch finds no CUDA device")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return torch.device(args.device)
+
+
+def _progress(quiet: bool) -> Callable[[list[Any]], Iterator[Any]]:
+    def watched(cases: list[Any]) -> Iterator[Any]:
+        from tqdm import tqdm
+
+        # A bar where someone watches, else a line now and then.
+        wait = 0.1 if sys.stderr.isatty() else 10.0
+        with tqdm(cases, unit="case", disable=quiet, mininterval=wait, ncols=100) as bar:
+            for case, cache in bar:
+                bar.set_postfix_str(f"{case.op} {case.shape}"[:40], refresh=False)
+                yield case, cache
+
+    return watched
+
+
+def _write(folder: Path, run: dict[str, Any], say: Callable[[str], None]) -> None:
+    from miss.benchmarks import plots, record
+
+    path = folder / f"kernels-{run['environment']['device']}.jsonl"
+    record.write(path, run)
+    pictures = plots.plots(run)
+    for name, picture in pictures.items():
+        (folder / name).write_bytes(picture)
+    say(f"written: {path} and {len(pictures)} plots beside it")
+
+
+def compare(args: CompareArgs) -> int:
+    from dataclasses import asdict
+
+    from miss.benchmarks import compare as comparing
+    from miss.benchmarks import record
+
+    if args.limit < 0:
+        raise ValueError(f"--limit: got {args.limit}; wanted a percentage of at least 0")
+    before, after = record.read(args.before), record.read(args.after)
+    found, limit = comparing.compare(before, after), args.limit / 100
+    worse = found.regressions(limit)
+    if args.json:
+        print(json.dumps({**asdict(found), "limit": limit, "regressions": [asdict(c) for c in worse]}))
+    else:
+        print("\n".join(filter(None, [_differs(before, after), comparing.report(found, limit)])))
+        print(f"{len(worse) + len(found.broken)} regressions past {args.limit:g} %, of {len(found.changes)} rows")
+    return 1 if worse or found.broken else 0
+
+
+def _differs(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What of the two environments is not the same."""
+    names = ("processor", "gpu", "isa", "threads", "torch", "miss", "commit")
+    pairs = {n: (before["environment"].get(n), after["environment"].get(n)) for n in names}
+    return "\n".join(f"{name}: {a} before, {b} after" for name, (a, b) in pairs.items() if a != b)
+
+
+COMMANDS = {"kernels": (KernelArgs, kernels), "compare": (CompareArgs, compare)}
