@@ -1,6 +1,7 @@
 # make answer   a generated answer, with nothing else to set up      make test    the whole test suite
 # make setup    all that tests and the commands of the README need   make check   format, lint, types
 # make bench-kernels   every operation against this machine's ceilings, into benchmarks/results/
+# make sanitize        the CPU kernels under address and undefined-behaviour sanitizers, some minutes
 PYTHON ?= python3
 VENV ?= .venv
 # The torch to install where the virtual environment has none, and the index it comes from (empty: pip's own).
@@ -8,11 +9,11 @@ TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python -m
-CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
+CSRC := $(shell find csrc -path csrc/tests -prune -o -name "*.cpp" -print -o -name "*.h" -print)
 EXTRAS := dicom,train,evaluate,weights,zero,test
 
 .DEFAULT_GOAL := help
-.PHONY: help answer setup test check parity torture bench-kernels clean
+.PHONY: help answer setup test check parity torture sanitize bench-kernels clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -25,6 +26,7 @@ $(VENV)/.answer: pyproject.toml setup.py $(CSRC)
 	@echo "[3/3] miss-engine"
 	@$(PIP) install -q "setuptools>=77" wheel pybind11
 	@$(PIP) install -q --no-build-isolation -e .
+	@$(RUN) miss kernels built
 	@touch $@
 
 $(VENV)/.setup: $(VENV)/.answer
@@ -55,6 +57,10 @@ bench-kernels: $(VENV)/.setup
 
 torture: $(VENV)/.setup
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -m torture
+
+# A build of its own in build/sanitize: the normal one stays.
+sanitize: $(VENV)/.setup
+	@$(RUN) tests.sanitize
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

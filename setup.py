@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def missing() -> str | None:
     return None
 
 
+def newest(files: Iterable[str | Path]) -> float:
+    """When the last of the files, the headers and this file was changed."""
+    return max(Path(p).stat().st_mtime for p in [*files, *(CSRC / "cpu").glob("*.h"), Path(__file__)])
+
+
 class BuildCsrc(build_ext):
     """Compiles each file with its own flags, two at a time, and only what changed."""
 
@@ -65,6 +71,10 @@ class BuildCsrc(build_ext):
         if reason is not None:
             if os.environ.get("MISS_BUILD_CSRC") == "1":
                 raise SystemExit(f"MISS_BUILD_CSRC=1, but the CPU kernels cannot be built: {reason}")
+            for ext in self.extensions:
+                built = Path(self.get_ext_fullpath(ext.name))
+                if built.exists() and built.stat().st_mtime < newest(ext.sources):
+                    built.unlink()  # of older sources: it may lack operations that Python asks for
             self.extensions = []
             print(f"miss-engine: installed without its CPU kernels, PyTorch's run instead: {reason}", file=sys.stderr)
 
@@ -78,21 +88,25 @@ class BuildCsrc(build_ext):
         root = Path(torch.__file__).parent
         includes = [str(root / "include"), pybind11.get_include(), str(CSRC), *self.compiler.include_dirs]
         sanitize = SANITIZE if os.environ.get("MISS_SANITIZE") == "1" else []
-        headers = max(p.stat().st_mtime for p in [*CSRC.rglob("*.h"), Path(__file__)])
+        # Not build_temp: an editable install makes that anew each time, and would compile everything again.
+        objects = Path("build", f"csrc-{self.plat_name}-{sys.implementation.cache_tag}-torch{torch.__version__}")
+        objects = objects.with_name(objects.name + "-sanitize" * bool(sanitize))
 
         def build(source: str) -> str:
-            target = Path(self.build_temp, source).with_suffix(".o")
-            newest = max(headers, Path(source).stat().st_mtime)
-            if self.force or not target.exists() or target.stat().st_mtime < newest:
+            target = Path(objects, source).with_suffix(".o")
+            if self.force or not target.exists() or target.stat().st_mtime < newest([source]):
                 flags = [*COMMON, *INSTRUCTIONS.get(Path(source).stem, []), *sanitize]
                 macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
-                self.compiler.compile([source], self.build_temp, macros, includes, extra_postargs=flags)
+                try:
+                    self.compiler.compile([source], str(objects), macros, includes, extra_postargs=flags)
+                except Exception as error:
+                    raise RuntimeError(f"{compiler} does not compile {source}; its own messages say why") from error
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(build, ext.sources))
+            compiled = list(pool.map(build, ext.sources))
         self.compiler.link_shared_object(
-            objects,
+            compiled,
             self.get_ext_fullpath(ext.name),
             libraries=["torch_cpu"],
             library_dirs=[str(root / "lib")],

@@ -19,8 +19,8 @@ import torch
 
 X86 = ("x86_64", "amd64")
 BUILD = (
-    "run `make setup`, or `pip install --no-build-isolation -e .` where PyTorch, pybind11 and a C++17 compiler are "
-    "installed; with MISS_BUILD_CSRC=1 it says what is missing"
+    "install a C++17 compiler (g++), then run `make -B setup`, or `pip install --no-build-isolation -e .` where "
+    "PyTorch and pybind11 are installed; with MISS_BUILD_CSRC=1 it fails and says why"
 )
 
 

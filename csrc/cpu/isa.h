@@ -26,6 +26,11 @@ std::vector<std::string> features();
 
 // Declares an operation's table of kernels in the namespace of each instruction set, and a function of the table's name
 // that returns the one in use:   MISS_TABLE(LinearKernels, linear_kernels)   ->   linear_kernels().forward(...)
+#ifdef MISS_ONE_ISA  // csrc/tests: a program for one instruction set alone
+#define MISS_TABLE(Table, name)                                 \
+  namespace MISS_ONE_ISA { extern const Table name; }           \
+  inline const Table& name() { return MISS_ONE_ISA::name; }
+#else
 #define MISS_TABLE(Table, name)                                  \
   namespace avx2 { extern const Table name; }                    \
   namespace avx512f { extern const Table name; }                 \
@@ -39,3 +44,4 @@ std::vector<std::string> features();
       default: return avx512_bf16::name;                         \
     }                                                            \
   }
+#endif

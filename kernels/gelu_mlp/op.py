@@ -11,6 +11,8 @@ in the autocast dtype.
 Gradient, with phi the normal density: dz = dy * (Phi(z) + z * phi(z)); dx = dz @ weight; dweight = dz.T @ x;
 dbias = the sum of dz over rows. z is kept for it, in x's dtype, where a gradient is needed, and is empty elsewhere.
 
+`panels` is what `miss.kernels.linear.prepare(weight)` returned, as for `linear`.
+
 Source: arXiv 1606.08415.
 """
 
@@ -19,28 +21,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
 from miss.kernels.gelu_mlp import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to
+from miss.kernels.linear.op import CPU_DTYPES, check_shapes, gradient_limits, of_dtype, product_limits
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+
+
+def _limits(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, panels: Tensor | None) -> str | None:
+    return product_limits(x, weight, bias, panels)
+
 
 FORWARD = Op(
     "gelu_mlp",
+    Impl(
+        "cpu",
+        lazy("gelu_mlp.cpu_impl", "forward"),
+        device="cpu",
+        dtypes=CPU_DTYPES,
+        needs=extension.missing,
+        limits=_limits,
+    ),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
     "gelu_mlp_backward",
+    Impl(
+        "cpu",
+        lazy("gelu_mlp.cpu_impl", "backward"),
+        device="cpu",
+        dtypes=CPU_DTYPES,
+        needs=extension.missing,
+        limits=gradient_limits,
+    ),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )
 
 
 @torch.library.custom_op("miss::gelu_mlp", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    return FORWARD(x, weight, bias, keep)
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, panels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return FORWARD(x, weight, bias, keep, panels)
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, panels: Tensor | None) -> tuple[Tensor, Tensor]:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, torch.empty_like(y) if keep else x.new_empty(0)
 
@@ -56,32 +83,31 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, Tenso
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _ = inputs
+    x, weight, bias, *_ = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, output[1])
 
 
 def _grad(ctx: Any, dy: Tensor, _dpre: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias = _backward(dy.contiguous(), *ctx.saved_tensors)
-    return dx, dweight, dbias if ctx.has_bias else None, None
+    return dx, dweight, dbias if ctx.has_bias else None, None, None
 
 
 _forward.register_autograd(_grad, setup_context=_save)
 
 
-def gelu_mlp(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def gelu_mlp(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None = None) -> Tensor:
     """gelu(x @ weight.T + bias), exact: x (…, C), weight (F, C), bias (F,) or None -> (…, F).
+
+    Args:
+        panels: `miss.kernels.linear.prepare(weight)`, of x's dtype; ignored where x is cast by autocast.
 
     Raises:
         ValueError: weight or bias does not fit x.
     """
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(
-            f"gelu_mlp: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
-            f"bias {None if bias is None else tuple(bias.shape)}; wanted x (…, C), weight (F, C), bias (F,)"
-        )
+    check_shapes("gelu_mlp", x, weight, bias)
     x, weight, bias = autocast_to(x, weight, bias)
     keep = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    return FORWARD.call(_forward, x, weight, bias, keep)[0]
+    return FORWARD.call(_forward, x, weight, bias, keep, of_dtype(panels, x))[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from miss.kernels.registry import accumulator
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, panels: Tensor | None) -> tuple[Tensor, Tensor]:
     acc = accumulator(x.dtype)
     pre = x.to(acc) @ weight.to(acc).T
     if bias is not None:

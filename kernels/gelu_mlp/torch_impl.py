@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, panels: Tensor | None) -> tuple[Tensor, Tensor]:
     pre = F.linear(x, weight, bias)
     return F.gelu(pre), pre if keep else x.new_empty(0)
 

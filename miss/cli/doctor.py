@@ -136,7 +136,7 @@ def _answer(checkpoint: str, problems: list[str]) -> dict[str, Any]:
         engine.answer(np.full((64, 64, 3), 128, np.uint8), "what is shown?")
         seconds = time.perf_counter() - start
     except Exception as error:  # whatever it is that keeps it from answering is what is asked for
-        problems.append(f"checkpoint {checkpoint} does not answer: {_one_line(error)}")
+        problems.append(f"checkpoint {checkpoint} does not answer: {_one_line(error)} (--checkpoint names another)")
         return {"checkpoint": checkpoint, "answers": False}
     return {
         "checkpoint": str(folder),

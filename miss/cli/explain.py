@@ -19,6 +19,7 @@ from miss.kernels.decode_attention import decode_attention
 from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.kv_cache import kv_append, kv_reorder
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
+from miss.kernels.linear import linear, prepare
 from miss.kernels.linear_top_k import linear_top_k, pack_head
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import pack_int4, pack_int8, quant_embedding, quant_linear
@@ -103,6 +104,9 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         q, k, v = s.leaf(s.images, s.tokens, 3, vision.num_heads, wide // vision.num_heads).unbind(2)
         return attention(q, k, v)
 
+    def project(x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight, s.leaf(wide), s.leaf(*image), prepare(weight))
+
     def kv_source() -> KV:
         return KV(s.heads_of(s.images, s.tokens), s.heads_of(s.images, s.tokens))
 
@@ -131,6 +135,7 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "add_layer_norm_quantised": lambda: add_layer_norm_quantised(
             s.leaf(*text).detach(), s.leaf(*text).detach(), s.leaf(width).detach(), s.leaf(width).detach()
         ),
+        "linear": lambda: project(s.leaf(*image), s.leaf(wide, wide)),
         "gelu_mlp": lambda: gelu_mlp(s.leaf(*image), s.leaf(inner, wide), s.leaf(inner)),
         "attention": attend,
         "attention_varlen": lambda: attention_varlen(

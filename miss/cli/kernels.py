@@ -1,4 +1,5 @@
 """miss kernels list: every operation, its implementations in order, what runs here for a dtype and why not the others.
+miss kernels built: whether the CPU kernels are compiled, and for which instruction sets.
 
 Knows the tables and the report of the compiled kernels; does not know shapes: `miss explain` asks with a model's.
 """
@@ -48,6 +49,16 @@ def list_kernels(args: ListArgs) -> int:
     print("\n".join(describe(report)))
     for op in ops:
         print("\n" + _render(op, report))
+    return 0
+
+
+@dataclass
+class BuiltArgs:
+    """Say whether the CPU kernels are compiled, for which instruction sets, and which one is used here."""
+
+
+def built(args: BuiltArgs) -> int:
+    print("\n".join(describe(extension.report())))
     return 0
 
 
@@ -114,4 +125,4 @@ def _render(op: dict[str, Any], report: extension.Report) -> str:
     return "\n".join(lines)
 
 
-COMMANDS = {"list": (ListArgs, list_kernels)}
+COMMANDS = {"list": (ListArgs, list_kernels), "built": (BuiltArgs, built)}

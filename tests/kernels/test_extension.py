@@ -58,6 +58,15 @@ def toy():
     del OPS[name]
 
 
+@x86
+def test_what_can_be_built_is_built():
+    """Else every test of the kernels would skip itself, and nobody would know that they no longer compile."""
+    pytest.importorskip("pybind11", reason="without pybind11 they cannot be built")
+    if os.environ.get("MISS_BUILD_CSRC") == "0" or not (shutil.which("g++") or os.environ.get("CXX")):
+        pytest.skip("no C++ compiler, or MISS_BUILD_CSRC=0")
+    assert not isinstance(extension._module(), str), extension._module()
+
+
 @built
 def test_the_ladder():
     report = extension.report()

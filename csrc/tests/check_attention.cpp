@@ -1,0 +1,108 @@
+// Attention of every form is one table of tasks: rows of queries over sources of keys, at lengths around a tile's.
+#include <math.h>
+
+#include "check.h"
+#include "cpu/attention.h"
+
+using check::Buffer;
+using check::near;
+using check::number;
+using check::randomise;
+
+// Each source is read by `rows` rows of `tokens` queries: 1 row is self-attention, more is cross-attention.
+template <class T>
+static void attention(int64_t sources, int64_t rows, int64_t tokens, int64_t keys, int64_t width, bool causal,
+                      bool dropout, double tolerance) {
+  const int64_t heads = 2, size = sizeof(T), total = sources * rows, shift = keys - tokens;
+  Buffer<T> q(total * tokens * heads * width), k(sources * keys * heads * width), v(k.count()), out(q.count());
+  Buffer<float> lse(total * heads * tokens);
+  Buffer<miss::AttentionGroup> groups(sources);
+  randomise(q);
+  randomise(k);
+  randomise(v);
+  miss::AttentionArgs args = {};
+  args.type = check::type_of<T>();
+  args.q = q.chars();
+  args.k = k.chars();
+  args.v = v.chars();
+  args.out = out.chars();
+  args.lse = lse.data();
+  args.heads = heads;
+  args.width = width;
+  args.q_head = args.k_head = args.v_head = args.out_head = width * size;
+  args.q_token = args.k_token = args.v_token = args.out_token = heads * width * size;
+  args.q_row = args.out_row = tokens * heads * width * size;
+  args.lse_row = heads * tokens;
+  args.lse_head = tokens;
+  args.lse_token = 1;
+  args.scale = 0.3f;
+  args.causal = causal;
+  args.shift = shift;
+  args.dropout = dropout;
+  args.seed = 5;
+  args.threshold = -32768 / 2;  // a quarter goes
+  args.keep = 4.0f / 3.0f;
+  args.mask_token = keys;
+  args.mask_head = tokens * keys;
+  args.mask_row = heads * tokens * keys;
+  args.groups = groups.data();
+  args.num_groups = sources;
+  args.grain = 1;
+  for (int64_t s = 0; s < sources; ++s) {
+    miss::AttentionGroup& g = groups[s];
+    g = {};
+    g.k = g.v = s * keys * heads * width * size;
+    g.keys = keys;
+    g.q = g.out = s * rows * args.q_row;
+    g.lse = s * rows * args.lse_row;
+    g.mask = s * rows * args.mask_row;
+    g.rows = rows;
+    g.tokens = tokens;
+    g.first_task = args.num_tasks;
+    args.num_tasks += heads * ((rows * tokens + miss::ATTENTION_CHUNK - 1) / miss::ATTENTION_CHUNK);
+  }
+  if (args.num_tasks > 0) miss::attention_kernels().forward(args);
+  Buffer<double> scores(keys), wanted(width);
+  for (int64_t row = 0; row < total; ++row)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = ((row * tokens + t) * heads + h) * width, source = row / rows;
+        const int64_t seen = causal ? (t + shift + 1 < 0 ? 0 : t + shift + 1) : keys;
+        auto place = [&](int64_t key) { return ((source * keys + key) * heads + h) * width; };
+        double most = -1e30, sum = 0;
+        for (int64_t key = 0; key < seen; ++key) {
+          scores[key] = 0;
+          for (int64_t i = 0; i < width; ++i) scores[key] += double{number(q[at + i])} * number(k[place(key) + i]);
+          scores[key] *= double{args.scale};
+          most = scores[key] > most ? scores[key] : most;
+        }
+        for (int64_t i = 0; i < width; ++i) wanted[i] = 0;
+        for (int64_t key = 0; key < seen; ++key) {
+          const double weight = exp(scores[key] - most);
+          sum += weight;
+          for (int64_t i = 0; i < width; ++i) wanted[i] += weight * number(v[place(key) + i]);
+        }
+        const double log_sum = lse[(row * heads + h) * tokens + t];
+        if (seen > 0) near(log_sum, most + log(sum), tolerance, "attention, log-sum-exp");
+        else check::expect(log_sum == -INFINITY, "attention, log-sum-exp of nothing");
+        for (int64_t i = 0; i < width && !dropout; ++i)
+          near(number(out[at + i]), seen > 0 ? wanted[i] / sum : 0, tolerance, "attention");
+      }
+}
+
+MISS_CHECK(attention) {
+  for (int64_t width : {32, 64, 128})
+    for (int64_t tokens : {1, 5, 98})
+      for (int64_t keys : {1, 16, 31, 131}) {
+        if (width == 128 && keys * tokens > 1000) continue;
+        attention<float>(2, 1, tokens, keys, width, false, false, 1e-5);
+        attention<miss::bf16>(2, 1, tokens, keys, width, false, false, 2e-2);
+        if (tokens * keys > 1000) continue;
+        attention<float>(1, 3, tokens, keys, width, false, true, 1e-5);
+        attention<miss::bf16>(1, 3, tokens, keys, width, false, true, 2e-2);
+        attention<float>(1, 1, tokens, keys, width, true, false, 1e-5);
+        attention<miss::bf16>(1, 1, tokens, keys, width, true, false, 2e-2);
+      }
+  attention<float>(1, 2, 7, 1030, 64, false, false, 1e-5);
+  attention<miss::bf16>(1, 2, 7, 1030, 32, false, false, 2e-2);
+}

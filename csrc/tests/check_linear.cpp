@@ -1,0 +1,121 @@
+// Linears and their packing against the plain sum, at sizes around a tile, a panel and a span of k.
+#include <math.h>
+
+#include "check.h"
+#include "cpu/linear.h"
+
+using check::Buffer;
+using check::number;
+using check::randomise;
+
+static double gelu(double x) { return 0.5 * x * erfc(-x / sqrt(2.0)); }
+static int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+template <class W>
+static void pack(Buffer<W>& weight, int64_t columns, int64_t k, bool transposed, Buffer<W>& panels, int32_t* offset) {
+  miss::PackArgs args = {};
+  args.from = weight.chars();
+  args.from_type = args.to_type = check::type_of<W>();
+  args.rows = columns;
+  args.k = k;
+  args.row_stride = transposed ? 1 : k;
+  args.k_stride = transposed ? columns : 1;
+  args.panels = panels.chars();
+  args.offset = offset;
+  miss::linear_kernels().pack(args);
+}
+
+template <class T>
+static void floats(int64_t rows, int64_t columns, int64_t k, bool extras, double tolerance) {
+  Buffer<T> x(rows * k), weight(columns * k), bias(columns), residual(rows * columns);
+  Buffer<T> y(rows * columns), pre(rows * columns), panels(blocks(columns, 64) * 64 * blocks(k, 4 / sizeof(T)) * (4 / sizeof(T)));
+  randomise(x);
+  randomise(weight);
+  randomise(bias);
+  randomise(residual);
+  pack(weight, columns, k, extras, panels, nullptr);
+  miss::LinearArgs args = {};
+  args.x = x.chars();
+  args.x_type = args.y_type = args.bias_type = check::type_of<T>();
+  args.rows = rows;
+  args.columns = columns;
+  args.k = args.x_stride = k;
+  args.panels = panels.chars();
+  args.y = y.chars();
+  if (extras) {
+    args.bias = bias.chars();
+    args.gelu = true;
+    args.residual = residual.chars();
+    args.residual_stride = columns;
+    args.pre = pre.chars();
+  }
+  miss::linear_kernels().forward(args);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) {
+      double sum = extras ? number(bias[c]) : 0.0;
+      for (int64_t i = 0; i < k; ++i)
+        sum += double{number(x[r * k + i])} * double{number(weight[extras ? i * columns + c : c * k + i])};
+      if (extras) check::near(number(pre[r * columns + c]), sum, tolerance * (1 + fabs(sum)), "linear, before gelu");
+      double wanted = extras ? gelu(sum) + number(residual[r * columns + c]) : sum;
+      check::near(number(y[r * columns + c]), wanted, tolerance * (1 + fabs(sum)), "linear");
+    }
+}
+
+// x float32, quantised on the way in; y float32, or codes.
+static void int8(int64_t rows, int64_t columns, int64_t k, bool to_codes) {
+  Buffer<float> x(rows * k), scale(columns), bias(columns), y(rows * columns), row_scale(rows), codes_scale(rows);
+  Buffer<int8_t> weight(columns * k), panels(blocks(columns, 64) * 64 * blocks(k, 4) * 4);
+  Buffer<uint8_t> x_codes(rows * k), codes(rows * columns);
+  Buffer<int32_t> offset(columns);
+  randomise(x);
+  randomise(scale);
+  randomise(bias);
+  randomise(weight);
+  pack(weight, columns, k, false, panels, offset.data());
+  miss::linear_kernels().quantise(x.chars(), miss::Type::f32, rows, k, k, x_codes.data(), row_scale.data());
+  miss::LinearArgs args = {};
+  args.x = x.chars();
+  args.x_type = args.bias_type = args.y_type = miss::Type::f32;
+  args.rows = rows;
+  args.columns = columns;
+  args.k = args.x_stride = k;
+  args.panels = panels.chars();
+  args.column_scale = scale.data();
+  args.offset = offset.data();
+  args.bias = bias.chars();
+  args.gelu = to_codes;
+  if (to_codes) {
+    args.codes = codes.data();
+    args.codes_scale = codes_scale.data();
+  } else {
+    args.y = y.chars();
+  }
+  miss::linear_kernels().forward(args);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) {
+      int64_t sum = 0;
+      for (int64_t i = 0; i < k; ++i) sum += (int64_t{x_codes[r * k + i]} - 128) * weight[c * k + i];
+      double wanted = static_cast<double>(sum) * row_scale[r] * scale[c] + bias[c];
+      if (!to_codes) {
+        check::near(y[r * columns + c], wanted, 1e-5 * (1 + fabs(wanted)), "int8 linear");
+        continue;
+      }
+      double step = codes_scale[r];
+      check::near((codes[r * columns + c] - 128) * step, gelu(wanted), 0.501 * step + 1e-5, "int8 linear to codes");
+    }
+}
+
+MISS_CHECK(linear) {
+  for (int64_t rows : {0, 1, 5, 7, 49, 151})
+    for (int64_t columns : {1, 63, 65, 130})
+      for (int64_t k : {1, 3, 66, 259}) {
+        if (rows * columns * k > 900000) continue;
+        bool extras = (rows + columns + k) % 2 == 0;
+        floats<float>(rows, columns, k, extras, 1e-5);
+        floats<miss::bf16>(rows, columns, k, extras, 8e-3);
+        int8(rows, columns, k, extras);
+      }
+  floats<float>(7, 65, 1031, true, 1e-5);
+  floats<miss::bf16>(7, 65, 2053, true, 8e-3);
+  int8(7, 65, 4099, true);
+}
