@@ -16,5 +16,6 @@
 #include "convert.inl.h"
 #include "linear.inl.h"
 #include "norm.inl.h"
+#include "patch_embed.inl.h"
 #include "probe.inl.h"
 #include "top_k.inl.h"
