@@ -14,6 +14,7 @@
 #include "attention_backward.inl.h"
 #include "ceilings.inl.h"
 #include "convert.inl.h"
+#include "cross_entropy.inl.h"
 #include "linear.inl.h"
 #include "norm.inl.h"
 #include "patch_embed.inl.h"
