@@ -20,6 +20,7 @@ from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.kv_cache import kv_append, kv_reorder
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from miss.kernels.linear import linear, prepare
+from miss.kernels.linear_top_k import linear_top_k, pack_head
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import (
     PackedWeight,
@@ -131,6 +132,14 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
     def token_source() -> Tokens:
         return Tokens(s.leaf(*image), s.leaf(width, wide), s.leaf(width, wide), s.leaf(width))
 
+    def head() -> tuple[Tensor, ...]:
+        weight = s.leaf(vocabulary, width).detach()
+        return linear_top_k(s.leaf(s.rows, width).detach(), weight, None, 3, pack_head(weight))
+
+    def packed_head() -> tuple[Tensor, ...]:
+        weight = pack_int8(matrix(vocabulary, width), dynamic=True)
+        return linear_top_k(s.leaf(s.rows, width).detach(), weight, None, 1, pack_head(weight))
+
     return {
         "patch_embed": lambda: patch_embed(
             s.pixels(), s.leaf(wide, 3, vision.patch_size, vision.patch_size), s.leaf(wide), *affine
@@ -166,6 +175,8 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "quant_linear_rows_quantised": lambda: quant_linear_rows_quantised(
             quantise_rows(s.leaf(*image)), int8(inner), gelu=True
         ),
+        "linear_top_k": head,
+        "linear_top_k_w8a8": packed_head,
         "quant_embedding": lambda: quant_embedding(labels(), pack_int8(matrix(100, width)), s.dtype),
     }
 
