@@ -104,10 +104,13 @@ def preloaded() -> dict[str, str]:
 
 
 def run_tests(arguments: Sequence[str]) -> bool:
-    """tests/kernels under the sanitizers; whether they passed. Tensors lie on the heap, in blocks of their own size."""
+    """tests/kernels under the sanitizers; whether they passed. Tensors lie on the heap, in blocks of their own size.
+
+    Not pytest's usual capture: what the sanitizer writes as it ends the process would be lost with it.
+    """
     copy = tree()
     asked = list(arguments) or ["tests/kernels", "-k", NOT_THESE]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *asked]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys", *asked]
     return subprocess.run(command, cwd=copy, env={**os.environ, **preloaded()}).returncode == 0
 
 

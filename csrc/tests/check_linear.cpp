@@ -142,13 +142,13 @@ static void gradients(int64_t rows, int64_t columns, int64_t k, double tolerance
 
 MISS_CHECK(linear) {
   for (int64_t rows : {1, 7, 65, 130})
-    for (int64_t k : {1, 3, 66, 131}) {
+    for (int64_t k : {0, 1, 3, 66, 131}) {
       gradients<float>(rows, 67, k, 1e-5);
       gradients<miss::bf16>(rows, 67, k, 8e-3);
     }
   for (int64_t rows : {0, 1, 5, 7, 49, 151})
     for (int64_t columns : {1, 63, 65, 130})
-      for (int64_t k : {1, 3, 66, 259}) {
+      for (int64_t k : {0, 1, 3, 66, 259}) {
         if (rows * columns * k > 900000) continue;
         bool extras = (rows + columns + k) % 2 == 0;
         floats<float>(rows, columns, k, extras, 1e-5);
