@@ -11,6 +11,7 @@ from miss.benchmarks.inputs import normal
 from miss.benchmarks.peers import sdpa
 from miss.benchmarks.shapes import IMAGES, NUM_QUESTION_TOKENS, Shapes
 from miss.kernels.attention import attention
+from miss.kernels.registry import OPS, use
 
 _LENGTHS = (257, 577, 901)  # 224, 384 and 480 pixels
 
@@ -27,6 +28,8 @@ def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
         yield _case("vit", IMAGES, shapes.tokens, vision.num_heads, wide, dtype)
         yield _case("bert", IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype, padded=True)
         yield _case("decoder", IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype, causal=True)
+        yield _backward("vit", 2, shapes.tokens, vision.num_heads, wide, dtype)
+        yield _backward("bert", 6 * IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype)
 
 
 def _case(
@@ -50,4 +53,23 @@ def _case(
     return Case(
         "attention", f"{kind}{tower} B={batch} T={tokens} H={heads} D={width}", str(dtype).removeprefix("torch."),
         make, call, flops=4 * heads * width * pairs, reads=3 * matrix, writes=matrix, peers=(peer,),
+    )  # fmt: skip
+
+
+def _backward(tower: str, batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Case:
+    """dq, dk, dv from dout and what the forward pass kept."""
+    scale = width**-0.5
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        q, k, v = normal(generator, batch, tokens, 3, heads, width, dtype=dtype).unbind(2)
+        dout = normal(generator, batch, tokens, heads, width, dtype=dtype)
+        with use(attention="reference"):
+            out, lse = OPS["attention"](q, k, v, None, False, scale, 0.0, None)
+        return dout, q, k, v, out, lse, None, False, scale, 0.0, None
+
+    matrix = batch * tokens * heads * width * dtype.itemsize
+    return Case(
+        "attention_backward", f"{tower} B={batch} T={tokens} H={heads} D={width}", str(dtype).removeprefix("torch."),
+        make, OPS["attention_backward"], flops=10.0 * batch * heads * width * tokens**2, reads=5 * matrix,
+        writes=3 * matrix, tolerance=1e-4 if dtype == torch.float32 else 5e-2,
     )  # fmt: skip

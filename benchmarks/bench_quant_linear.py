@@ -7,11 +7,21 @@ import torch
 
 from miss.benchmarks.harness import Case, Peer
 from miss.benchmarks.inputs import int4_weight, int8_weight, normal
-from miss.benchmarks.peers import onednn
+from miss.benchmarks.peers import onednn, torch_packed, torchao
 from miss.benchmarks.shapes import Linear, Shapes
 from miss.kernels.quant_linear import quant_linear
 
-W8A8 = (Peer("onednn+passes", onednn.quant_linear, onednn.missing()),)
+# torchao rounds weights and rows itself, weights from bfloat16 where x is.
+_TORCHAO = Peer("torchao", torchao.quant_linear, torchao.missing(), tolerance=5e-2)
+
+
+def _peers(scheme: str, linear: Linear) -> tuple[Peer, ...]:
+    if scheme == "w8a8":
+        return Peer("onednn+passes", onednn.quant_linear, onednn.missing()), _TORCHAO
+    reason = torch_packed.missing(scheme, linear.outputs, linear.columns)
+    if scheme == "w8":
+        return Peer("weight_int8pack", torch_packed.weight_only, reason), _TORCHAO
+    return (Peer("weight_int4pack", torch_packed.weight_only, reason),)
 
 
 def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
@@ -51,7 +61,7 @@ def _case(linear: Linear, dtype: torch.dtype, scheme: str, device: torch.device)
         linear.label, f"{str(dtype).removeprefix('torch.')}/{scheme}", make, quant_linear, linear.flops,
         reads=matrix + linear.rows * linear.columns * dtype.itemsize,
         writes=linear.rows * linear.outputs * dtype.itemsize,
-        peers=W8A8 if whole and device.type == "cpu" else (),
+        peers=_peers(scheme, linear) if device.type == "cpu" else (),
         caches=("cold", "warm") if linear.rows == 1 else ("warm",),
         kind="int8" if whole else None,
         tolerance=2e-2 if whole and dtype == torch.float32 else None,  # a code that rounds the other way

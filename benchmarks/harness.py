@@ -98,6 +98,7 @@ class Row:
     ratio_to_peer: float | None  # the fastest peer's time / this time: above 1 is faster than it
     error_absolute: float
     peer: str | None
+    ratios: dict[str, float]  # the same to each peer
     ours: bool
     chosen: bool  # what runs by itself
     repeats: int
@@ -340,8 +341,9 @@ def _rows(
                 share_of_ceiling=_round(shares[roof], 3), ceiling=roof,
                 error=_round(r.error, 3), error_absolute=_round(r.error_absolute, 3),
                 ratio_to_peer=None if best is None else _round(peers[best] / seconds, 4), peer=best,
+                ratios={name: _round(other / seconds, 4) for name, other in peers.items()},
                 ours=r.ours, chosen=r.chosen, repeats=len(r.seconds), calls=r.calls, flops=case.flops, bytes=moved,
-                ceiling_gflops=_round(rate / 1e9), ceiling_gbps=_round(bandwidth / 1e9), other_load=_round(load, 3),
+                ceiling_gflops=_round(rate / 1e9), ceiling_gbps=_round(bandwidth / 1e9), other_load=round(load, 3),
             )
         )  # fmt: skip
     return rows

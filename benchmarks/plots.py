@@ -73,7 +73,12 @@ def _roofline(run: dict[str, Any], ops: list[str]) -> "Figure":
     for name, band in bands.items():
         axes.plot((left, top / band), (left * band, top), color="#777777", linewidth=0.8, linestyle="--")
         axes.annotate(
-            f"{name.replace('_', ' ')} {band:.0f} GB/s", (left, left * band), fontsize=7, va="bottom", color="#555555"
+            f"{name.replace('_', ' ')} {band:.0f} GB/s",
+            (left, left * band),
+            (5, 1),
+            textcoords="offset points",
+            fontsize=7,
+            color="#555555",
         )
     for op, colour in zip(ops, _COLOURS * len(ops), strict=False):
         for row in (row for row in rows if row["op"] == op):
@@ -92,7 +97,7 @@ def _roofline(run: dict[str, Any], ops: list[str]) -> "Figure":
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(lowest / 2, top * 1.6), title=title)
     axes.set(xlabel="FLOP a byte of the formula's inputs and outputs", ylabel="GFLOP/s")
     axes.grid(True, which="major", linewidth=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from miss.benchmarks.harness import Bound
+from miss.benchmarks.peers.passes import quantise_rows
 from miss.kernels.quant_linear import PackedWeight
 
 _SHIFT = 128  # oneDNN's fast int8 product takes unsigned rows: codes are shifted by this zero point
@@ -35,13 +36,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, post: str, algorith
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(rows))
     run: Any = torch.ops.mkldnn._linear_pointwise
     return lambda: run(rows, packed, bias, post, [], algorithm).view(shape)
-
-
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(uint8 codes around 128, scale a row) of x (R, K), in passes."""
-    scale = x.abs().amax(-1, keepdim=True).float() / 127
-    codes = torch.round(x / scale).clamp_(-127, 127).add_(_SHIFT).to(torch.uint8)
-    return codes, scale
 
 
 def int8_product(num_rows: int, weight: PackedWeight, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

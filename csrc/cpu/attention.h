@@ -17,6 +17,7 @@ struct AttentionGroup {
   int64_t lse;         // elements to the first log-sum-exp, head 0
   int64_t mask;        // index of the first element of dropout's mask, head 0
   int64_t rows, tokens;
+  int64_t dk, all_keys;  // of gradients: bytes to the first key's, head 0; keys that dk and dv have
   int64_t first_task;  // number of the group's first task: there are heads * chunks of its queries
 };
 
@@ -41,19 +42,19 @@ struct AttentionArgs {
   int64_t num_groups, num_tasks, grain;
 };
 
-// What the backward needs beside: dout and out with the strides of out; gradients contiguous, dk and dv one a source.
+// The backward's: dq, dk, dv dense; dq and dout with the strides of out, dv with those of dk. A task is a group's head.
 struct AttentionGradArgs {
-  AttentionArgs forward;
+  AttentionArgs forward;  // its `out` is null
   const char *dout, *out;
-  int64_t dout_row, dout_token, dout_head;
   char *dq, *dk, *dv;
-  int64_t dq_row, dq_token, dq_head, dk_token, dk_head;  // bytes; dv as dk
+  int64_t dk_token, dk_head;  // bytes
 };
 
 constexpr int64_t ATTENTION_CHUNK = 96;  // queries of a forward task
 
 struct AttentionKernels {
   void (*forward)(const AttentionArgs& args);
+  void (*backward)(const AttentionGradArgs& args);
 };
 
 MISS_TABLE(AttentionKernels, attention_kernels)

@@ -12,7 +12,6 @@ namespace attend {
 namespace {
 
 constexpr int64_t KEYS = 1088;  // of a block: 6 rows of scores of all keys of the longest image stay in cache
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 
 template <class Dot>
 struct Source {  // a source's head, packed
@@ -23,12 +22,6 @@ struct Source {  // a source's head, packed
 // What a strip of queries carries from block to block.
 struct Running {
   float top[ROWS], total[ROWS];
-};
-
-struct Drop {  // dropout of a row
-  const int16_t* fields;
-  int threshold;
-  float keep;
 };
 
 // Scores become probabilities relative to the running maximum, in place; zeros up to `padded`. Returns the factor that
@@ -128,16 +121,16 @@ inline void forward_strip(const AttentionArgs& a, const AttentionGroup& g, int64
   constexpr int64_t SIZE = 4 / Dot::GROUP;
   const int64_t bytes = a.width * SIZE;
   Running running;
-  const char* p[ROWS];
+  char* q = reinterpret_cast<char*>(sums + ROWS * a.width);  // the strip's queries, one after the other
   for (int r = 0; r < ROWS; ++r) {
     running.top[r] = -__builtin_inff();
     running.total[r] = 0.0f;
-    p[r] = reinterpret_cast<const char*>(scores + r * KEYS);
+    if (r < s.num_rows) memcpy(q + r * bytes, s.q[r], static_cast<size_t>(bytes));
   }
   for (int64_t start = 0; start < s.most; start += KEYS) {
     const int64_t count = least(KEYS, s.most - start), padded = round_up(count, Dot::GROUP);
     for (int64_t at = 0; at < count; at += PANEL)
-      tile<Dot>(s.num_rows, s.q, bytes, source.keys + (start + at) * bytes, scores + at, KEYS, true,
+      tile<Dot>(s.num_rows, Rows{q, bytes, bytes}, source.keys + (start + at) * bytes, scores + at, KEYS, true,
                 least(PANEL, count - at));
     for (int r = 0; r < s.num_rows; ++r) {
       const int64_t rest = s.visible[r] - start, seen = rest < 0 ? 0 : least(rest, count);
@@ -149,9 +142,10 @@ inline void forward_strip(const AttentionArgs& a, const AttentionGroup& g, int64
         for (int64_t d = 0; d < a.width; d += LANES)
           store(sums + r * a.width + d, mul(load(sums + r * a.width + d), set1(factor)));
     }
+    const Rows p{reinterpret_cast<const char*>(scores), KEYS * 4, padded * SIZE};
     for (int64_t d = 0; d < a.width; d += PANEL)
-      tile<Dot>(s.num_rows, p, padded * SIZE, source.values + d / PANEL * source.value_panel + start / Dot::GROUP * STEP,
-                sums + d, a.width, start == 0, least(PANEL, a.width - d));
+      tile<Dot>(s.num_rows, p, source.values + d / PANEL * source.value_panel + start / Dot::GROUP * STEP, sums + d,
+                a.width, start == 0, least(PANEL, a.width - d));
   }
   write_strip<Dot>(a, g, head, s, running, sums);
 }
@@ -190,7 +184,7 @@ inline int64_t group_of(const AttentionArgs& a, int64_t task) {
 template <class Dot, bool DROPOUT>
 void forward_tasks(const AttentionArgs& a) {
   parallel(a.num_tasks, a.grain, [&](int64_t begin, int64_t end) {
-    float* scores = scratch_of<float>(4, ROWS * (KEYS + a.width));
+    float* scores = scratch_of<float>(4, ROWS * (KEYS + 2 * a.width));
     int16_t* fields = scratch_of<int16_t>(5, KEYS + FIELD_SLACK);
     Source<Dot> source{};
     int64_t packed = -1;
@@ -225,8 +219,5 @@ void forward(const AttentionArgs& a) {
 
 }  // namespace
 }  // namespace attend
-
-extern const AttentionKernels attention_kernels = {attend::forward};
-
 }  // namespace MISS_ISA
 }  // namespace miss

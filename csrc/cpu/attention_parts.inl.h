@@ -1,5 +1,7 @@
 // What attention's forward and backward share: packing keys and values into panels, a product over part of a panel,
 // the power of two. Knows micro.h's panels; does not know queries.
+#pragma once
+
 #include "attention.h"
 #include "dropout.inl.h"
 #include "shuffle.h"
@@ -19,6 +21,14 @@ struct Element<DotBf16> {
   using Value = bf16;
   static constexpr int POWER_TERMS = 4;  // 3e-6, where the result is rounded to 4e-3
 };
+
+struct Drop {  // dropout of a row
+  const int16_t* fields;
+  int threshold;
+  float keep;
+};
+
+constexpr float LOG2E = 1.44269504088896341f;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -44,45 +54,29 @@ inline vf exp2(vf x) {
 }
 
 template <class Dot, int VECTORS>
-inline void rows_by_vectors(int num_rows, const char* const* a, int64_t bytes, const char* b, float* sums,
-                            int64_t stride, bool fresh) {
-  switch (num_rows) {
-    case 1: micro<Dot, 1, VECTORS>(a, bytes, b, sums, stride, fresh); break;
-    case 2: micro<Dot, 2, VECTORS>(a, bytes, b, sums, stride, fresh); break;
-    case 3: micro<Dot, 3, VECTORS>(a, bytes, b, sums, stride, fresh); break;
-    case 4: micro<Dot, 4, VECTORS>(a, bytes, b, sums, stride, fresh); break;
-    case 5: micro<Dot, 5, VECTORS>(a, bytes, b, sums, stride, fresh); break;
-    default: micro<Dot, 6, VECTORS>(a, bytes, b, sums, stride, fresh); break;
-  }
+inline void rows_by_vectors(int num_rows, const Rows& a, const char* b, float* sums, int64_t stride, bool fresh) {
+  if (a.step == 4) micro_rows<Dot, 4, VECTORS>(num_rows, a, b, sums, stride, fresh);
+  else micro_rows<Dot, STEP, VECTORS>(num_rows, a, b, sums, stride, fresh);
 }
 
+// micro.h's product of a panel's first columns only, to whole vectors: a source's last panel has 1 key of 64 at 577
+// tokens, and heads may be 32 wide.
 template <class Dot>
-inline void span(int num_rows, const char* const* a, int64_t bytes, const char* panel, float* sums, int64_t stride,
-                 bool fresh, int64_t columns) {
-  int64_t at = 0;
-  for (; at + VECS * LANES <= round_up(columns, LANES); at += VECS * LANES)
-    rows_by_vectors<Dot, VECS>(num_rows, a, bytes, panel + at * 4, sums + at, stride, fresh);
-  panel += at * 4;
-  sums += at;
-  switch ((columns - at + LANES - 1) / LANES) {
-    case 1: rows_by_vectors<Dot, 1>(num_rows, a, bytes, panel, sums, stride, fresh); break;
-    case 2: rows_by_vectors<Dot, 2>(num_rows, a, bytes, panel, sums, stride, fresh); break;
-    case 3: rows_by_vectors<Dot, 3>(num_rows, a, bytes, panel, sums, stride, fresh); break;
-    default: break;
-  }
-}
-
-// micro.h's product of rows anywhere in memory and of a panel's first columns only, to whole vectors: a source's last
-// panel has 1 key of 64 at 577 tokens, and heads may be 32 wide.
-template <class Dot>
-inline void tile(int num_rows, const char* const* a, int64_t bytes, const char* panel, float* sums, int64_t stride,
-                 bool fresh, int64_t columns) {
-  if (bytes <= Dot::SPAN) return span<Dot>(num_rows, a, bytes, panel, sums, stride, fresh, columns);
-  const char* rows[ROWS];
-  for (int64_t at = 0; at < bytes; at += Dot::SPAN) {
-    for (int r = 0; r < num_rows; ++r) rows[r] = a[r] + at;
-    span<Dot>(num_rows, rows, least(Dot::SPAN, bytes - at), panel + at / 4 * STEP, sums, stride, fresh && at == 0,
-              columns);
+inline void tile(int num_rows, const Rows& a, const char* panel, float* sums, int64_t stride, bool fresh,
+                 int64_t columns) {
+  for (int64_t k = 0; k < a.bytes; k += Dot::SPAN) {
+    const Rows part = a.from(0, k, least(Dot::SPAN, a.bytes - k));
+    const bool first = fresh && k == 0;
+    const char* b = panel + k / 4 * STEP;
+    int64_t at = 0;
+    for (; at + VECS * LANES <= round_up(columns, LANES); at += VECS * LANES)
+      rows_by_vectors<Dot, VECS>(num_rows, part, b + at * 4, sums + at, stride, first);
+    switch ((columns - at + LANES - 1) / LANES) {
+      case 1: rows_by_vectors<Dot, 1>(num_rows, part, b + at * 4, sums + at, stride, first); break;
+      case 2: rows_by_vectors<Dot, 2>(num_rows, part, b + at * 4, sums + at, stride, first); break;
+      case 3: rows_by_vectors<Dot, 3>(num_rows, part, b + at * 4, sums + at, stride, first); break;
+      default: break;
+    }
   }
 }
 

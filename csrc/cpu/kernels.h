@@ -11,6 +11,7 @@
 #include "quantise.h"
 
 #include "attention.inl.h"
+#include "attention_backward.inl.h"
 #include "ceilings.inl.h"
 #include "convert.inl.h"
 #include "linear.inl.h"

@@ -51,7 +51,8 @@ struct DotU8S8 {  // A 0 … 255, B -128 … 127
 // Always inlined: left to itself the compiler stops inlining when a file grows, and the sums go through memory (40 % of
 // the rate).
 template <class Dot, int NUM_ROWS, int NUM_VECS>
-__attribute__((always_inline)) inline void step_all(const char* const* a, int64_t at, const char* b, typename Dot::Acc (&acc)[NUM_ROWS][NUM_VECS]) {
+__attribute__((always_inline)) inline void step_all(const char* const* a, int64_t at, const char* b,
+                                                    typename Dot::Acc (&acc)[NUM_ROWS][NUM_VECS]) {
   vi columns[NUM_VECS];
 #pragma GCC unroll 4
   for (int v = 0; v < NUM_VECS; ++v) columns[v] = load(reinterpret_cast<const int32_t*>(b + v * LANES * 4));
@@ -77,19 +78,18 @@ struct Rows {
 };
 
 // sums (NUM_ROWS, columns of NUM_VECS vectors; `stride` apart) = or += rows of A times part of a panel.
-// a: the rows' first bytes. bytes: of a row. fresh: do not add what stands in sums. A_STEP: as Rows::step.
+// fresh: do not add what stands in sums. A_STEP: a.step, known when compiled.
 template <class Dot, int NUM_ROWS, int NUM_VECS, int64_t A_STEP = 4>
-inline void micro(const char* const* a, int64_t bytes, const char* b, typename Dot::Sum* sums, int64_t stride,
-                  bool fresh) {
+inline void micro(const Rows& a, const char* b, typename Dot::Sum* sums, int64_t stride, bool fresh) {
   typename Dot::Acc acc[NUM_ROWS][NUM_VECS];
   const char* rows[NUM_ROWS];
 #pragma GCC unroll 6
   for (int r = 0; r < NUM_ROWS; ++r) {
-    rows[r] = a[r];
+    rows[r] = a.data + r * a.stride;
 #pragma GCC unroll 4
     for (int v = 0; v < NUM_VECS; ++v) acc[r][v] = Dot::none();
   }
-  int64_t at = 0, groups = A_STEP == 4 ? bytes / 4 : (bytes + 3) / 4, rest = A_STEP == 4 ? bytes % 4 : 0;
+  int64_t at = 0, groups = A_STEP == 4 ? a.bytes / 4 : (a.bytes + 3) / 4, rest = A_STEP == 4 ? a.bytes % 4 : 0;
   for (int64_t g = 0; g < groups; ++g, at += A_STEP, b += STEP) step_all<Dot>(rows, at, b, acc);
   if (rest != 0) {  // only up to the row's own end
     int32_t words[NUM_ROWS] = {};
@@ -109,16 +109,16 @@ inline void micro(const char* const* a, int64_t bytes, const char* b, typename D
     }
 }
 
-template <class Dot, int64_t A_STEP>
-inline void micro_rows(int num_rows, const char* const* rows, int64_t bytes, const char* b, typename Dot::Sum* sums,
-                       int64_t stride, bool fresh) {
+// 1 to ROWS rows.
+template <class Dot, int64_t A_STEP, int NUM_VECS = VECS>
+inline void micro_rows(int num_rows, const Rows& a, const char* b, typename Dot::Sum* sums, int64_t stride, bool fresh) {
   switch (num_rows) {
-    case 1: micro<Dot, 1, VECS, A_STEP>(rows, bytes, b, sums, stride, fresh); break;
-    case 2: micro<Dot, 2, VECS, A_STEP>(rows, bytes, b, sums, stride, fresh); break;
-    case 3: micro<Dot, 3, VECS, A_STEP>(rows, bytes, b, sums, stride, fresh); break;
-    case 4: micro<Dot, 4, VECS, A_STEP>(rows, bytes, b, sums, stride, fresh); break;
-    case 5: micro<Dot, 5, VECS, A_STEP>(rows, bytes, b, sums, stride, fresh); break;
-    default: micro<Dot, 6, VECS, A_STEP>(rows, bytes, b, sums, stride, fresh); break;
+    case 1: micro<Dot, 1, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    case 2: micro<Dot, 2, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    case 3: micro<Dot, 3, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    case 4: micro<Dot, 4, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    case 5: micro<Dot, 5, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    default: micro<Dot, 6, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
   }
 }
 
@@ -126,11 +126,9 @@ inline void micro_rows(int num_rows, const char* const* rows, int64_t bytes, con
 template <class Dot>
 inline void product(int num_rows, const Rows& a, const char* panel, typename Dot::Sum* sums, int64_t stride, bool fresh,
                     int columns = PANEL) {
-  const char* rows[ROWS];
-  for (int r = 0; r < num_rows; ++r) rows[r] = a.data + r * a.stride;
   for (int c = 0; c < columns; c += VECS * LANES) {
-    if (a.step == 4) micro_rows<Dot, 4>(num_rows, rows, a.bytes, panel + c * 4, sums + c, stride, fresh);
-    else micro_rows<Dot, STEP>(num_rows, rows, a.bytes, panel + c * 4, sums + c, stride, fresh);
+    if (a.step == 4) micro_rows<Dot, 4>(num_rows, a, panel + c * 4, sums + c, stride, fresh);
+    else micro_rows<Dot, STEP>(num_rows, a, panel + c * 4, sums + c, stride, fresh);
   }
 }
 

@@ -32,7 +32,7 @@ AttentionArgs start(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   const int64_t size = a.type == Type::bf16 ? 2 : 4, dims = q.dim();
   STD_TORCH_CHECK(q.stride(dims - 1) == 1 && k.stride(k.dim() - 1) == 1 && v.stride(v.dim() - 1) == 1,
                   "miss_cpu: the last dimension of q, k, v must be dense");
-  a.q = bytes_of(q), a.k = bytes_of(k), a.v = bytes_of(v), a.out = bytes_to(out);
+  a.q = bytes_of(q), a.k = bytes_of(k), a.v = bytes_of(v);
   a.heads = q.size(dims - 2), a.width = q.size(dims - 1);
   STD_TORCH_CHECK(a.width > 0 && (a.width == 32 || a.width % 64 == 0), "miss_cpu: a head's width is 32 or a multiple of 64");
   a.q_head = q.stride(dims - 2) * size, a.out_head = out.stride(dims - 2) * size;
@@ -75,6 +75,17 @@ void number_tasks(AttentionArgs& a, std::vector<AttentionGroup>& groups, int64_t
   a.grain = 1 + 1000000 / (work ? work : 1);
 }
 
+// The backward's tasks: a group's head each.
+void number_heads(AttentionArgs& a, std::vector<AttentionGroup>& groups) {
+  int64_t keys = 1;
+  for (const AttentionGroup& g : groups) keys += g.rows * g.tokens * g.keys;
+  a.groups = groups.data();
+  a.num_groups = static_cast<int64_t>(groups.size());
+  a.num_tasks = a.num_groups * a.heads;
+  const int64_t work = keys * a.width * 5 / (a.num_groups ? a.num_groups : 1);
+  a.grain = 1 + 1000000 / (work ? work : 1);
+}
+
 Tensor new_lse(const Tensor& q, std::vector<int64_t> shape) { return torch::stable::new_empty(q, shape, ScalarType::Float); }
 
 Tensor new_out(const Tensor& q) {
@@ -83,9 +94,34 @@ Tensor new_out(const Tensor& q) {
   return torch::stable::new_empty(q, shape);
 }
 
-void run(AttentionArgs& a, std::vector<AttentionGroup>& groups) {
+void run(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& out, const Tensor& lse) {
+  a.out = bytes_to(out), a.lse = lse.mutable_data_ptr<float>();
   number_tasks(a, groups, ATTENTION_CHUNK);
   if (a.num_tasks) attention_kernels().forward(a);
+}
+
+// q (rows, T, H, D); k, v (sources, N, H, D); dropout's mask over (rows, H, T, N).
+AttentionArgs batch_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, bool causal, double scale,
+                         double dropout_p, const std::optional<Tensor>& seed) {
+  AttentionArgs a = start(q, k, v, out, scale);
+  stride_rows(a, q, out);
+  a.causal = causal && q.size(1) > 1, a.shift = k.size(1) - q.size(1);
+  set_dropout(a, dropout_p, seed);
+  a.mask_token = k.size(1), a.mask_head = q.size(1) * k.size(1), a.mask_row = a.heads * a.mask_head;
+  return a;
+}
+
+// Sequences packed one after the other: q, k, v (total, H, D); dropout's mask over (total, H, max_length).
+AttentionArgs packed_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, int64_t max_length,
+                          bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed) {
+  AttentionArgs a = start(q, k, v, out, scale);
+  const int64_t size = a.type == Type::bf16 ? 2 : 4;
+  a.q_token = q.stride(0) * size, a.out_token = out.stride(0) * size;
+  a.lse_token = a.heads, a.lse_head = 1;
+  a.causal = causal;
+  set_dropout(a, dropout_p, seed);
+  a.mask_token = a.heads * max_length, a.mask_head = max_length;
+  return a;
 }
 
 std::vector<AttentionGroup> batch_groups(const AttentionArgs& a, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -99,6 +135,7 @@ std::vector<AttentionGroup> batch_groups(const AttentionArgs& a, const Tensor& q
     g.mask = b * a.heads * tokens * keys;
     g.keys = lengths.has_value() ? clamp(Ints(*lengths)[b], keys) : keys;
     g.rows = 1, g.tokens = tokens;
+    g.dk = b * keys * a.heads * a.width * size, g.all_keys = keys;
   }
   return groups;
 }
@@ -116,31 +153,31 @@ std::vector<AttentionGroup> packed_groups(const AttentionArgs& a, const Tensor& 
     g.k = first * a.k_token, g.v = first * a.v_token;
     g.q = first * a.q_token, g.out = first * a.out_token, g.lse = first * a.lse_token;
     g.mask = first * a.mask_token;
-    g.keys = g.tokens = last - first, g.rows = 1;
+    g.keys = g.tokens = g.all_keys = last - first, g.rows = 1;
+    g.dk = g.out;
   }
   return groups;
 }
 
-// One group an image that has rows.
+// One group an image; rows sorted by image.
 std::vector<AttentionGroup> image_groups(const AttentionArgs& a, const Tensor& q, const Tensor& k, const Tensor& v,
                                          const Tensor& image_index, const std::optional<Tensor>& lengths) {
   const Ints index(image_index);
   const int64_t size = a.type == Type::bf16 ? 2 : 4, rows = q.size(0), images = k.size(0), keys = k.size(1);
-  std::vector<AttentionGroup> groups;
-  int64_t before = -1;
+  std::vector<AttentionGroup> groups(static_cast<size_t>(images));
+  for (int64_t i = 0; i < images; ++i) {
+    AttentionGroup& g = groups[static_cast<size_t>(i)];
+    g.k = i * k.stride(0) * size, g.v = i * v.stride(0) * size;
+    g.keys = lengths.has_value() ? clamp(Ints(*lengths)[i], keys) : keys;
+    g.tokens = q.size(1);
+    g.dk = i * keys * a.heads * a.width * size, g.all_keys = keys;
+  }
+  int64_t before = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t image = index[r];
-    STD_TORCH_CHECK(image >= 0 && image < images && image >= before,
-                    "image_index: wanted 0 to ", images - 1, ", rows sorted by image");
-    if (image != before) {
-      AttentionGroup g{};
-      g.k = image * k.stride(0) * size, g.v = image * v.stride(0) * size;
-      g.q = r * a.q_row, g.out = r * a.out_row, g.lse = r * a.lse_row, g.mask = r * a.mask_row;
-      g.keys = lengths.has_value() ? clamp(Ints(*lengths)[image], keys) : keys;
-      g.tokens = q.size(1);
-      groups.push_back(g);
-    }
-    ++groups.back().rows;
+    STD_TORCH_CHECK(image >= before && image < images, "image_index: wanted 0 to ", images - 1, ", rows sorted by image");
+    AttentionGroup& g = groups[static_cast<size_t>(image)];
+    if (g.rows++ == 0) g.q = r * a.q_row, g.out = r * a.out_row, g.lse = r * a.lse_row, g.mask = r * a.mask_row;
     before = image;
   }
   return groups;
@@ -152,31 +189,19 @@ static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tenso
                                                     std::optional<Tensor> lengths, bool causal, double scale,
                                                     double dropout_p, std::optional<Tensor> seed) {
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
-  AttentionArgs a = start(q, k, v, out, scale);
-  stride_rows(a, q, out);
-  a.causal = causal && q.size(1) > 1, a.shift = k.size(1) - q.size(1);
-  a.lse = lse.mutable_data_ptr<float>();
-  set_dropout(a, dropout_p, seed);
-  a.mask_token = k.size(1), a.mask_head = q.size(1) * k.size(1), a.mask_row = a.heads * a.mask_head;
+  AttentionArgs a = batch_args(q, k, v, out, causal, scale, dropout_p, seed);
   std::vector<AttentionGroup> groups = batch_groups(a, q, k, v, lengths);
-  run(a, groups);
+  run(a, groups, out, lse);
   return {out, lse};
 }
 
-// Sequences packed one after the other: q, k, v (total, H, D).
 static std::tuple<Tensor, Tensor> varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                  const Tensor& offsets, int64_t max_length, bool causal, double scale,
                                                  double dropout_p, std::optional<Tensor> seed) {
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(1)});
-  AttentionArgs a = start(q, k, v, out, scale);
-  const int64_t size = a.type == Type::bf16 ? 2 : 4;
-  a.q_token = q.stride(0) * size, a.out_token = out.stride(0) * size;
-  a.lse_token = a.heads, a.lse_head = 1;
-  a.causal = causal, a.lse = lse.mutable_data_ptr<float>();
-  set_dropout(a, dropout_p, seed);
-  a.mask_token = a.heads * max_length, a.mask_head = max_length;
+  AttentionArgs a = packed_args(q, k, v, out, max_length, causal, scale, dropout_p, seed);
   std::vector<AttentionGroup> groups = packed_groups(a, q, offsets);
-  run(a, groups);
+  run(a, groups, out, lse);
   return {out, lse};
 }
 
@@ -184,13 +209,9 @@ static std::tuple<Tensor, Tensor> cross_forward(const Tensor& q, const Tensor& k
                                                 const Tensor& image_index, std::optional<Tensor> lengths, double scale,
                                                 double dropout_p, std::optional<Tensor> seed) {
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
-  AttentionArgs a = start(q, k, v, out, scale);
-  stride_rows(a, q, out);
-  a.lse = lse.mutable_data_ptr<float>();
-  set_dropout(a, dropout_p, seed);
-  a.mask_token = k.size(1), a.mask_head = q.size(1) * k.size(1), a.mask_row = a.heads * a.mask_head;
+  AttentionArgs a = batch_args(q, k, v, out, false, scale, dropout_p, seed);
   std::vector<AttentionGroup> groups = image_groups(a, q, k, v, image_index, lengths);
-  run(a, groups);
+  run(a, groups, out, lse);
   return {out, lse};
 }
 
@@ -200,7 +221,7 @@ static Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, 
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(1)});
   AttentionArgs a = start(q, k, v, out, scale);
   const int64_t size = a.type == Type::bf16 ? 2 : 4;
-  a.lse = lse.mutable_data_ptr<float>(), a.lse_head = 1;
+  a.lse_head = 1;
   const Ints slot(slots), length(lengths);
   std::vector<AttentionGroup> groups(static_cast<size_t>(q.size(0)));
   for (int64_t r = 0; r < q.size(0); ++r) {
@@ -211,8 +232,52 @@ static Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, 
     g.keys = clamp(length[r], k.size(1));
     g.rows = g.tokens = 1;
   }
-  run(a, groups);
+  run(a, groups, out, lse);
   return out;
+}
+
+static std::tuple<Tensor, Tensor, Tensor> run_backward(AttentionArgs& a, std::vector<AttentionGroup>& groups,
+                                                       const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                       const Tensor& out, const Tensor& lse) {
+  STD_TORCH_CHECK(dout.is_contiguous() && out.is_contiguous() && lse.is_contiguous() && a.width <= 64,
+                  "miss_cpu: dout, out and lse must be contiguous, heads at most 64 wide");
+  STD_TORCH_CHECK(type_of(dout) == a.type && type_of(out) == a.type && type_of(lse) == Type::f32,
+                  "miss_cpu: dout and out of q's dtype, lse float32");
+  Tensor dq = new_out(q), dk = new_out(k), dv = new_out(k);
+  const int64_t size = a.type == Type::bf16 ? 2 : 4;
+  a.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  AttentionGradArgs grad{a, bytes_of(dout), bytes_of(out), bytes_to(dq), bytes_to(dk), bytes_to(dv),
+                         a.heads * a.width * size, a.width * size};
+  number_heads(grad.forward, groups);
+  if (grad.forward.num_tasks) attention_kernels().backward(grad);
+  return {dq, dk, dv};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                             const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                             std::optional<Tensor> lengths, bool causal, double scale,
+                                                             double dropout_p, std::optional<Tensor> seed) {
+  AttentionArgs a = batch_args(q, k, v, out, causal, scale, dropout_p, seed);
+  std::vector<AttentionGroup> groups = batch_groups(a, q, k, v, lengths);
+  return run_backward(a, groups, dout, q, k, out, lse);
+}
+
+static std::tuple<Tensor, Tensor, Tensor> varlen_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                          const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                          const Tensor& offsets, int64_t max_length, bool causal,
+                                                          double scale, double dropout_p, std::optional<Tensor> seed) {
+  AttentionArgs a = packed_args(q, k, v, out, max_length, causal, scale, dropout_p, seed);
+  std::vector<AttentionGroup> groups = packed_groups(a, q, offsets);
+  return run_backward(a, groups, dout, q, k, out, lse);
+}
+
+static std::tuple<Tensor, Tensor, Tensor> cross_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                         const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                         const Tensor& image_index, std::optional<Tensor> lengths,
+                                                         double scale, double dropout_p, std::optional<Tensor> seed) {
+  AttentionArgs a = batch_args(q, k, v, out, false, scale, dropout_p, seed);
+  std::vector<AttentionGroup> groups = image_groups(a, q, k, v, image_index, lengths);
+  return run_backward(a, groups, dout, q, k, out, lse);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
@@ -226,6 +291,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
       "cross_attention(Tensor q, Tensor k, Tensor v, Tensor image_index, Tensor? lengths, float scale, "
       "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
   m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? lengths, "
+      "bool causal, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor offsets, "
+      "int max_length, bool causal, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor image_index, Tensor? lengths, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor lengths, float scale) -> Tensor");
 }
 
@@ -233,6 +307,9 @@ STABLE_TORCH_LIBRARY_IMPL(miss_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_forward));
   m.impl("attention_varlen", TORCH_BOX(&varlen_forward));
   m.impl("cross_attention", TORCH_BOX(&cross_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_varlen_backward", TORCH_BOX(&varlen_backward));
+  m.impl("cross_attention_backward", TORCH_BOX(&cross_backward));
   m.impl("decode_attention", TORCH_BOX(&decode_forward));
 }
 

@@ -35,3 +35,41 @@ def varlen_forward(
     return extension.ops().attention_varlen(  # type: ignore[no-any-return]
         q, k, v, offsets, max_length, causal, scale, dropout_p, seed
     )
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return extension.ops().attention_backward(  # type: ignore[no-any-return]
+        dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), lengths, causal, scale, dropout_p, seed
+    )
+
+
+def varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous())
+    return extension.ops().attention_varlen_backward(  # type: ignore[no-any-return]
+        *tensors, offsets, max_length, causal, scale, dropout_p, seed
+    )

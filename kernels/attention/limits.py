@@ -32,3 +32,34 @@ def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float, *_: Any
 ) -> str | None:
     return misfit(scale, q, k, v)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    *_: Any,
+) -> str | None:
+    return misfit(scale, q, k, v)
+
+
+def varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    causal: bool,
+    scale: float,
+    *_: Any,
+) -> str | None:
+    return misfit(scale, q, k, v)

@@ -26,3 +26,21 @@ def kv_forward(
     except RuntimeError:
         check_index(image_index, k.shape[0])  # says which row, as a ValueError
         raise
+
+
+def kv_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    image_index: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return extension.ops().cross_attention_backward(  # type: ignore[no-any-return]
+        dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), image_index, lengths, scale, dropout_p, seed
+    )

@@ -71,6 +71,21 @@ def _forward_fits(
     return limits.misfit(scale, q, k, v)
 
 
+def _backward_fits(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    image_index: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    *_: Any,
+) -> str | None:
+    return limits.misfit(scale, q, k, v)
+
+
 FORWARD = Op(
     "cross_attention",
     _cpu("kv_forward", _forward_fits),
@@ -79,6 +94,7 @@ FORWARD = Op(
 )
 BACKWARD = Op(
     "cross_attention_backward",
+    _cpu("kv_backward", _backward_fits),
     Impl("torch", torch_impl.kv_backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.kv_backward, dtypes=ALL_FLOATS),
 )

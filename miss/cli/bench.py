@@ -50,7 +50,7 @@ class CompareArgs:
     after: Annotated[Path, tyro.conf.Positional]
     """The same of the later run."""
     limit: float = 10.0
-    """Percent that one may be slower, seen against the ceilings of its run."""
+    """Percent that one may be slower, seen against the ceilings and the peers of its run."""
     json: bool = False
     """Print one JSON object instead of text."""
 

@@ -217,21 +217,29 @@ def runs(before, after, refused=()):
 
 
 @pytest.mark.parametrize(
-    ("changes", "verdict"),
+    ("changes", "peer_ms", "verdict"),
     [
-        ({"median_ms": 1.3}, "regression"),
-        ({"median_ms": 1.06}, "slower"),
-        ({"median_ms": 0.7}, "faster"),
-        ({"median_ms": 1.01}, ""),  # within the noise
-        ({"median_ms": 1.3, "spread": 1.0}, ""),
-        ({"median_ms": 1.3, "ceiling_gflops": 77.0}, ""),  # the whole machine was that much slower
-        ({"median_ms": 1.0, "ceiling_gflops": 130.0}, "regression"),
+        ({"median_ms": 1.3}, 2.0, "regression"),
+        ({"median_ms": 1.06}, 2.0, "slower"),
+        ({"median_ms": 0.7}, 2.0, "faster"),
+        ({"median_ms": 1.01}, 2.0, ""),  # within the noise
+        ({"median_ms": 1.3, "spread": 1.0}, 2.0, ""),
+        ({"median_ms": 1.3, "ceiling_gflops": 77.0}, 2.6, ""),  # the whole machine was that much slower
+        ({"median_ms": 1.0, "ceiling_gflops": 130.0}, 1.54, "regression"),  # a faster machine hides nothing
+        ({"median_ms": 1.0, "ceiling_gflops": 130.0}, 2.0, ""),  # the ceiling alone is not enough
+        ({"median_ms": 1.3}, 2.6, ""),  # nor are the peers
     ],
 )
-def test_compare_judges_against_the_ceilings_and_the_noise(changes, verdict):
-    found = runs([row()], [row(**changes)])
+def test_compare_wants_two_witnesses_beyond_the_noise(changes, peer_ms, verdict):
+    peer = row(implementation="torch", ours=False, median_ms=2.0)
+    found = runs([row(), peer], [row(**changes), {**peer, "median_ms": peer_ms}])
     assert found.changes[0].verdict(0.1) == verdict
     assert len(found.regressions(0.1)) == (verdict == "regression")
+
+
+@pytest.mark.parametrize(("changes", "verdict"), [({"median_ms": 1.3}, "regression"), ({"ceiling_gflops": 130.0}, "")])
+def test_compare_takes_the_time_itself_where_there_is_no_peer(changes, verdict):
+    assert runs([row()], [row(**changes)]).changes[0].verdict(0.1) == verdict
 
 
 def test_compare_knows_peers_and_rows_of_one_run_alone():
