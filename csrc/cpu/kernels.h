@@ -17,3 +17,4 @@
 #include "linear.inl.h"
 #include "norm.inl.h"
 #include "probe.inl.h"
+#include "weight_only.inl.h"
