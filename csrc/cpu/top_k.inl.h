@@ -142,8 +142,8 @@ void top_k(const TopKArgs& args, const Rows& a, const float* row_scale) {
       const int64_t first = t * num_panels / threads, last = (t + 1) * num_panels / threads;
       for (int64_t row = 0; row < rows; ++row) candidates[t * rows + row].clear(args.count);
       Reduce<typename Dot::Sum> reduce{args, row_scale, largest, sums, num_panels, candidates + t * rows};
-      for (int64_t row = 0; row < rows; row += CHUNK) {
-        int count = static_cast<int>(rows - row < CHUNK ? rows - row : CHUNK);
+      for (int64_t row = 0; row < rows; row += MOST_ROWS) {  // the panels come from memory once for each
+        int count = static_cast<int>(rows - row < MOST_ROWS ? rows - row : MOST_ROWS);
         multiply_chunk<Dot>(a.from(row, 0, a.bytes), row, count, args.panels, args.columns, first, last, reduce);
       }
     }

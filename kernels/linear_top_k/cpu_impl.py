@@ -15,6 +15,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if panels is None:
         panels = _ops.pack_panels(weight)
+    bias = None if bias is None else bias.contiguous()
     return _ops.linear_top_k(hidden.contiguous(), panels, len(weight), bias, k)
 
 
@@ -29,4 +30,5 @@ def quant(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if panels is None or offset is None:
         panels, offset = _ops.pack_int8(data)
+    bias = None if bias is None else bias.contiguous()
     return _ops.linear_top_k_int8(hidden.contiguous(), panels, offset, scale, bias, k)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from miss.kernels import extension
+from miss.kernels.linear import prepare
+from miss.kernels.linear.op import of_dtype
 from miss.kernels.linear_top_k import reference, torch_impl
 from miss.kernels.quant_linear import PackedWeight
 from miss.kernels.quant_linear.torch_impl import dynamic_limits
@@ -130,16 +132,21 @@ def pack_head(weight: Tensor | PackedWeight) -> HeadPanels | None:
         return None
     if isinstance(weight, PackedWeight):
         return HeadPanels(*extension.ops().pack_int8(data)) if weight.dynamic else None
-    return HeadPanels(extension.ops().pack_panels(data.detach())) if data.dtype in CPU_DTYPES else None
+    panels = prepare(data)
+    return None if panels is None else HeadPanels(panels)
 
 
 def linear_top_k(
-    hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, k: int, panels: HeadPanels | None = None
+    hidden: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    k: int,
+    panels: HeadPanels | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, indices, lse) of hidden (R, C) and weight (V, C), plain or packed for W8A8.
 
     Args:
-        panels: what `pack_head` made of this very weight.
+        panels: what `pack_head` (of a plain weight also `linear.prepare`) made of this very weight.
 
     Raises:
         ValueError: shapes that do not fit each other, k not in 1 … V, or a packed weight that is not W8A8.
@@ -152,7 +159,7 @@ def linear_top_k(
         )
     if not 1 <= k <= num_tokens:
         raise ValueError(f"linear_top_k: k is {k}; wanted 1 … {num_tokens}")
-    packed, offset = panels if panels is not None else (None, None)
+    packed, offset = panels if isinstance(panels, HeadPanels) else (panels, None)
     if isinstance(weight, PackedWeight):
         if not weight.dynamic or weight.scheme != "int8":
             raise ValueError(
@@ -161,6 +168,4 @@ def linear_top_k(
         hidden, bias = autocast_to(hidden, bias)
         return QUANT.call(_quant, hidden, weight.data, weight.scale, bias, k, packed, offset)
     hidden, weight, bias = autocast_to(hidden, weight, bias)
-    if packed is not None and packed.dtype != hidden.dtype:
-        packed = None  # autocast to another dtype than that of the panels
-    return FORWARD.call(_forward, hidden, weight, bias, k, packed)
+    return FORWARD.call(_forward, hidden, weight, bias, k, of_dtype(packed, hidden))
