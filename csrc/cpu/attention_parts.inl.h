@@ -55,14 +55,8 @@ inline vf exp2(vf x) {
 
 template <class Dot, int VECTORS>
 inline void rows_by_vectors(int num_rows, const Rows& a, const char* b, float* sums, int64_t stride, bool fresh) {
-  switch (num_rows) {
-    case 1: micro<Dot, 1, VECTORS>(a, b, sums, stride, fresh); break;
-    case 2: micro<Dot, 2, VECTORS>(a, b, sums, stride, fresh); break;
-    case 3: micro<Dot, 3, VECTORS>(a, b, sums, stride, fresh); break;
-    case 4: micro<Dot, 4, VECTORS>(a, b, sums, stride, fresh); break;
-    case 5: micro<Dot, 5, VECTORS>(a, b, sums, stride, fresh); break;
-    default: micro<Dot, 6, VECTORS>(a, b, sums, stride, fresh); break;
-  }
+  if (a.step == 4) micro_rows<Dot, 4, VECTORS>(num_rows, a, b, sums, stride, fresh);
+  else micro_rows<Dot, STEP, VECTORS>(num_rows, a, b, sums, stride, fresh);
 }
 
 // micro.h's product of a panel's first columns only, to whole vectors: a source's last panel has 1 key of 64 at 577

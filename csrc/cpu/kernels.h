@@ -20,3 +20,4 @@
 #include "patch_embed.inl.h"
 #include "probe.inl.h"
 #include "top_k.inl.h"
+#include "weight_only.inl.h"

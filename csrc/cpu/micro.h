@@ -109,15 +109,16 @@ inline void micro(const Rows& a, const char* b, typename Dot::Sum* sums, int64_t
     }
 }
 
-template <class Dot, int64_t A_STEP>
+// 1 to ROWS rows.
+template <class Dot, int64_t A_STEP, int NUM_VECS = VECS>
 inline void micro_rows(int num_rows, const Rows& a, const char* b, typename Dot::Sum* sums, int64_t stride, bool fresh) {
   switch (num_rows) {
-    case 1: micro<Dot, 1, VECS, A_STEP>(a, b, sums, stride, fresh); break;
-    case 2: micro<Dot, 2, VECS, A_STEP>(a, b, sums, stride, fresh); break;
-    case 3: micro<Dot, 3, VECS, A_STEP>(a, b, sums, stride, fresh); break;
-    case 4: micro<Dot, 4, VECS, A_STEP>(a, b, sums, stride, fresh); break;
-    case 5: micro<Dot, 5, VECS, A_STEP>(a, b, sums, stride, fresh); break;
-    default: micro<Dot, 6, VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    case 1: micro<Dot, 1, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    case 2: micro<Dot, 2, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    case 3: micro<Dot, 3, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    case 4: micro<Dot, 4, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    case 5: micro<Dot, 5, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
+    default: micro<Dot, 6, NUM_VECS, A_STEP>(a, b, sums, stride, fresh); break;
   }
 }
 

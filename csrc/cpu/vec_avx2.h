@@ -153,5 +153,29 @@ inline vi zip_bf16(const float* low, const float* high) {
                          _mm256_slli_epi32(_mm256_cvtepu16_epi32(to_bf16(load(high))), 16));
 }
 
+// Whole numbers inside of words.
+template <int BITS>
+inline vi left(vi a) {
+  return _mm256_slli_epi32(a, BITS);
+}
+template <int BITS>
+inline vi right(vi a) {  // the sign comes along
+  return _mm256_srai_epi32(a, BITS);
+}
+template <int BITS>
+inline vi right_zero(vi a) {
+  return _mm256_srli_epi32(a, BITS);
+}
+inline vi both(vi a, vi b) { return _mm256_and_si256(a, b); }
+inline vi either(vi a, vi b) { return _mm256_or_si256(a, b); }
+inline vi as_int(vf a) { return _mm256_castps_si256(a); }
+
+// The lowest 4 bits of each word minus 8; higher bits are not looked at.
+inline vf nibble(vi a) { return to_float(subi(both(a, set1i(15)), set1i(8))); }
+// The lowest 4 bits of each half of a word minus 8, as two bf16.
+inline vi nibble_pair(vi a) {
+  return either(right_zero<16>(as_int(nibble(a))), both(as_int(nibble(right_zero<16>(a))), set1i(-65536)));
+}
+
 }  // namespace
 }  // namespace miss

@@ -125,5 +125,37 @@ inline vi zip_bf16(const float* low, const float* high) {
                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(load(high))), 16));
 }
 
+// Whole numbers inside of words.
+template <int BITS>
+inline vi left(vi a) {
+  return _mm512_slli_epi32(a, BITS);
+}
+template <int BITS>
+inline vi right(vi a) {  // the sign comes along
+  return _mm512_srai_epi32(a, BITS);
+}
+template <int BITS>
+inline vi right_zero(vi a) {
+  return _mm512_srli_epi32(a, BITS);
+}
+inline vi both(vi a, vi b) { return _mm512_and_si512(a, b); }
+inline vi either(vi a, vi b) { return _mm512_or_si512(a, b); }
+inline vi as_int(vf a) { return _mm512_castps_si512(a); }
+
+// The lowest 4 bits of each word minus 8; higher bits are not looked at.
+inline vf nibble(vi a) {
+  return _mm512_permutexvar_ps(a, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+}
+// The lowest 4 bits of each half of a word minus 8, as two bf16.
+inline vi nibble_pair(vi a) {
+  // bf16 of -8 … 7, twice: the instruction looks at 5 bits
+  const vi table = _mm512_setr_epi32(
+      static_cast<int>(0xc0e0c100), static_cast<int>(0xc0a0c0c0), static_cast<int>(0xc040c080),
+      static_cast<int>(0xbf80c000), 0x3f800000, 0x40404000, 0x40a04080, 0x40e040c0, static_cast<int>(0xc0e0c100),
+      static_cast<int>(0xc0a0c0c0), static_cast<int>(0xc040c080), static_cast<int>(0xbf80c000), 0x3f800000, 0x40404000,
+      0x40a04080, 0x40e040c0);
+  return _mm512_permutexvar_epi16(a, table);
+}
+
 }  // namespace
 }  // namespace miss

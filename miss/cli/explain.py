@@ -107,6 +107,9 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
     def project(x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight, s.leaf(wide), s.leaf(*image), prepare(weight))
 
+    def expand(x: Tensor, weight: Tensor) -> Tensor:
+        return gelu_mlp(x, weight, s.leaf(inner), prepare(weight))
+
     def kv_source() -> KV:
         return KV(s.heads_of(s.images, s.tokens), s.heads_of(s.images, s.tokens))
 
@@ -136,7 +139,7 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
             s.leaf(*text).detach(), s.leaf(*text).detach(), s.leaf(width).detach(), s.leaf(width).detach()
         ),
         "linear": lambda: project(s.leaf(*image), s.leaf(wide, wide)),
-        "gelu_mlp": lambda: gelu_mlp(s.leaf(*image), s.leaf(inner, wide), s.leaf(inner)),
+        "gelu_mlp": lambda: expand(s.leaf(*image), s.leaf(inner, wide)),
         "attention": attend,
         "attention_varlen": lambda: attention_varlen(
             s.heads_of(32), s.heads_of(32), s.heads_of(32), s.whole(0, 5, 12, 21, 32), 11
