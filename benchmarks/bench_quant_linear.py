@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from miss.benchmarks.harness import Case, Peer
+from miss.benchmarks.cases import Case, Peer
 from miss.benchmarks.inputs import int4_weight, int8_weight, normal
 from miss.benchmarks.peers import onednn, torch_packed, torchao
 from miss.benchmarks.shapes import Linear, Shapes

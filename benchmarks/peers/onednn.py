@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miss.benchmarks.harness import Bound
+from miss.benchmarks.cases import Bound
 from miss.benchmarks.peers.passes import quantise_rows
 from miss.kernels.quant_linear import PackedWeight
 
@@ -24,6 +24,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, after: Callable[[Tens
     """x @ weight.T + bias with the weight packed for x's number of rows; `after` is a pass of its own."""
     product = _product(x, weight, bias, "none", "")
     return product if after is None else lambda: after(product())
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Bound:
+    """x @ weight.T + bias + residual, the sum in oneDNN's own epilogue."""
+    rows, shape = x.flatten(0, -2), (*x.shape[:-1], len(weight))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(rows))
+    run: Any = torch.ops.mkldnn._linear_pointwise.binary
+    return lambda: run(rows, residual, packed, bias, "add").view(shape)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Bound:

@@ -49,9 +49,9 @@ struct Finish {
 
   static vf number(const float* sums, const Column& c, const float*) { return add(load(sums), c.bias); }
 
-  // (sum - 128 * the column's codes) * row's scale * column's scale
+  // (sum - 128 * the column's codes) * row's scale * column's scale, each step rounded as NumPy's would be.
   static vf number(const int32_t* sums, const Column& c, const float* row_scale) {
-    return fma(mul(to_float(subi(load(sums), c.offset)), set1(*row_scale)), c.scale, c.bias);
+    return add(mul(mul(to_float(subi(load(sums), c.offset)), set1(*row_scale)), c.scale), c.bias);
   }
 
   // `num_rows` rows of `n` columns. Pointers are to the first row.

@@ -21,16 +21,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
 from miss.kernels.cross_entropy import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
+
+CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def _limits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str | None:
+    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
+        return "takes hidden, weight and bias of one dtype"
+    if hidden.shape[1] == 0:
+        return "needs at least one column"
+    if len(hidden) * len(weight) > torch_impl.PART:
+        return f"holds all logits at once, up to {torch_impl.PART}"
+    return None
+
+
+def _backward_limits(dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str | None:
+    return _limits(hidden, weight, bias) if hidden.dtype in CPU_DTYPES else "takes float32 and bfloat16"
+
 
 FORWARD = Op(
     "linear_cross_entropy",
+    Impl(
+        "cpu",
+        lazy("cross_entropy.cpu_impl", "forward"),
+        device="cpu",
+        dtypes=CPU_DTYPES,
+        needs=extension.missing,
+        limits=_limits,
+        composite=True,
+    ),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
     "linear_cross_entropy_backward",
+    Impl(
+        "cpu",
+        lazy("cross_entropy.cpu_impl", "backward"),
+        device="cpu",
+        dtypes=CPU_DTYPES,
+        needs=extension.missing,
+        limits=_backward_limits,
+    ),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )

@@ -20,12 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
 from miss.kernels.patch_embed import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+
+CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def _limits(weight: Tensor, bias: Tensor, pixels: Tensor, *_: object) -> str | None:
+    if pixels.dtype not in (torch.uint8, torch.float32):
+        return f"takes uint8 and float32 pixels, got {pixels.dtype}"
+    return None if bias.dtype in CPU_DTYPES else "takes a float32 or bfloat16 bias"
+
 
 # The weight comes first: a table judges device and dtype by its first tensor, and pixels are bytes.
 FORWARD = Op(
     "patch_embed",
+    Impl(
+        "cpu",
+        lazy("patch_embed.cpu_impl", "forward"),
+        device="cpu",
+        dtypes=CPU_DTYPES,
+        needs=extension.missing,
+        limits=_limits,
+    ),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )

@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from miss.kernels import extension
 from miss.kernels.cross_entropy import linear_cross_entropy, op, torch_impl
-from tests.helpers import assert_as_good_as, check_error_rule, route
+from tests.helpers import assert_as_good_as, check_error_rule, route, threads
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ROUTES = ["torch", "reference", "custom"]
+ROUTES = ["torch", "reference", "custom", "cpu"]
+ROUTED = [(name, dtype) for name in ROUTES for dtype in DTYPES if name != "cpu" or dtype in op.CPU_DTYPES]
 # rows, width, vocabulary, share ignored
 SIZES = [(37, 16, 1021, 0.4), (1, 8, 7, 0.0), (197, 24, 101, 0.7), (13, 8, 5, 1.0), (0, 8, 5, 0.0)]
 
@@ -31,8 +33,7 @@ def plain(hidden, weight, bias, labels, label_smoothing=0.0, ignore_index=-100):
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing, ignore_index=ignore_index)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize(("name", "dtype"), ROUTED, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_error_rule(size, smoothing, name, dtype):
@@ -73,14 +74,14 @@ def test_without_bias_other_ignore_index_and_any_strides(name):
 def test_any_size(rows, width, vocabulary, ignored, smoothing):
     (h, w, b), labels = tensors(rows, width, vocabulary, ignored)
     exact = plain(h.double(), w.double(), b.double(), labels, smoothing)
-    for name in ("torch", "reference"):
+    for name in ("torch", "reference", "cpu"):
         with route(name, op.FORWARD):
             got = linear_cross_entropy(h, w, b, labels, smoothing)
         assert got.dtype == torch.float32 and (got[labels == -100] == 0).all()
         assert_as_good_as(got, plain(h, w, b, labels, smoothing), exact, slack=4, floor=3e-6)
 
 
-@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize("name", ROUTES[:3])  # `cpu` takes what fits into one part
 def test_parts_and_blocks_change_nothing(name, monkeypatch):
     """Row counts that do not divide into the blocks, in forward and backward."""
     inputs, labels = tensors(23, 8, 50, 0.2)
@@ -110,15 +111,17 @@ def test_ignored_rows_are_never_read(name):
     assert (grads[0][[2, 5]] == 0).all()
 
 
-def test_saves_no_float32_logits_and_none_of_ignored_rows():
+@pytest.mark.parametrize(("name", "shape"), [("torch", (16, 1000)), ("cpu", (1000, 16))])
+def test_saves_no_float32_logits_and_none_of_ignored_rows(name, shape):
     (h, w, b), labels = tensors(64, 8, 1000, 0.0)
     labels[16:] = -100
     leaves = [t.bfloat16().requires_grad_() for t in (h, w, b)]
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with route(name, op.FORWARD), hooks:
         linear_cross_entropy(*leaves, labels, 0.1)
     wide = [t for t in saved if t.numel() >= 16 * 1000]
-    assert [(tuple(t.shape), t.dtype) for t in wide] == [((16, 1000), torch.bfloat16)]
+    assert [(tuple(t.shape), t.dtype) for t in wide] == [(shape, torch.bfloat16)]
 
 
 def test_large_logits_do_not_overflow():
@@ -177,3 +180,39 @@ def test_compiles_without_a_break():
         torch.testing.assert_close(got, wanted)
         for g, e in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(wanted, leaves), strict=True):
             torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_row_does_not_see_its_batch_or_the_threads(dtype):
+    """More rows than a panel and more tokens than a block; what sums over the rows depends on them, of course."""
+    inputs, labels = tensors(131, 40, 1021, 0.2)
+    h, w, b = (t.to(dtype).requires_grad_() for t in inputs)
+
+    def run(rows: slice) -> list[Tensor]:
+        loss = linear_cross_entropy(h[rows], w, b, labels[rows], 0.1)
+        return [loss, *torch.autograd.grad(loss.sum(), (w, b))]
+
+    with route("cpu", op.FORWARD):
+        whole = run(slice(None))
+        for count in (2, 3):
+            with threads(count):
+                assert all(map(torch.equal, run(slice(None)), whole))
+        for rows in (slice(0, 1), slice(60, 70), slice(130, 131)):
+            assert torch.equal(run(rows)[0], whole[0][rows])
+        with torch.no_grad():  # without the logits being kept
+            assert torch.equal(linear_cross_entropy(h, w, b, labels, 0.1), whole[0])
+
+
+def test_cpu_nan_stays_in_its_row_and_minus_infinity_is_no_token():
+    (h, w, b), labels = tensors(9, 8, 101, 0.0)
+    labels[:] = 3
+    b[50:] = float("-inf")
+    with route("cpu", op.FORWARD):
+        got = linear_cross_entropy(h, w, b, labels)
+        torch.testing.assert_close(got, plain(h, w[:50], b[:50], labels))
+        h[2] = float("nan")
+        bad = linear_cross_entropy(h, w, b, labels)
+    assert bad[2].isnan() and torch.equal(bad[[0, 1, *range(3, 9)]], got[[0, 1, *range(3, 9)]])
+    if not extension.missing():
+        with route("cpu", op.FORWARD), pytest.raises(RuntimeError, match="label 101 is not in 0 … 100"):
+            linear_cross_entropy(h, w, b, labels + 98)

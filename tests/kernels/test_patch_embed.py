@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from miss.kernels.patch_embed import op, patch_embed
-from tests.helpers import assert_as_good_as, check_error_rule, route
+from miss.kernels.registry import use
+from tests.helpers import assert_as_good_as, check_error_rule, route, threads, unaligned
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-ROUTES = ["torch", "reference", "custom"]
+ROUTES = ["torch", "reference", "custom", "cpu"]
+ROUTED = [(name, dtype) for name in ROUTES for dtype in DTYPES if name != "cpu" or dtype in op.CPU_DTYPES]
 SCALE = torch.tensor([1 / 255 / 0.229, 1 / 255 / 0.224, 1 / 255 / 0.225])
 SHIFT = torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
 
@@ -32,8 +34,7 @@ def convolution(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(values, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize(("name", "dtype"), ROUTED, ids=str)
 @pytest.mark.parametrize(
     "shape", [(2, 28, 42, 17, 14), (1, 16, 16, 31, 16), (3, 8, 12, 5, 4), (0, 8, 8, 5, 4)], ids=str
 )
@@ -64,7 +65,7 @@ def test_float_pixels_have_a_gradient(name):
 @given(batch=st.integers(1, 3), rows=st.integers(1, 4), columns=st.integers(1, 4), size=st.integers(1, 7))
 def test_any_grid(batch, rows, columns, size):
     image, (w, b) = pixels(batch, rows * size, columns * size), weights(3, size)
-    for name in ("torch", "reference"):
+    for name in ("torch", "reference", "cpu"):
         with route(name, op.FORWARD):
             got = patch_embed(image, w, b, SCALE, SHIFT)
         assert_as_good_as(got, convolution(image, w, b), convolution(image, w.double(), b.double()), slack=3)
@@ -130,3 +131,28 @@ def test_compiles_without_a_break():
         leaves = (w, b, image) if image.requires_grad else (w, b)
         for g, e in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(wanted, leaves), strict=True):
             torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_row_does_not_see_its_batch_or_the_threads(dtype, kind):
+    """More patches than a chunk of rows, in a width and a patch that end within vectors, and from an odd address."""
+    image = pixels(5, 40, 44).to(getattr(torch, kind))
+    w, b = (t.to(dtype) for t in weights(70, 4))
+    with route("cpu", op.FORWARD):
+        whole = patch_embed(image, w, b, SCALE, SHIFT)
+        assert_as_good_as(
+            whole, convolution(image.float(), w, b), convolution(image.double(), w.double(), b.double()), floor=2e-6
+        )
+        for count in (2, 3):
+            with threads(count):
+                assert torch.equal(patch_embed(image, w, b, SCALE, SHIFT), whole)
+        alone = patch_embed(unaligned(image[3:4]), w, b, SCALE, SHIFT)
+    assert torch.equal(alone, whole[3:4])
+
+
+def test_cpu_row_refuses_other_pixels():
+    image, (w, b) = pixels(1, 8, 8), weights(5, 4)
+    with use(patch_embed="cpu"), pytest.raises(NotImplementedError, match="uint8 and float32 pixels|not built"):
+        patch_embed(image.double(), w, b, SCALE, SHIFT)
+    assert patch_embed(image.double(), w, b, SCALE, SHIFT).dtype == torch.float32

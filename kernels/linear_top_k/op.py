@@ -1,0 +1,171 @@
+"""The language-model head of inference: a linear layer of which only the largest outputs and the log-sum-exp are kept.
+
+Knows its formula and who computes it; does not know tokens, or which of them is chosen.
+
+    z = hidden @ weight.T + bias;   values, indices = the k largest of z, descending;   lse = log(sum(exp(z)))
+
+hidden (R, C), weight (V, C), bias (V,) or None, of one dtype (under autocast all take the autocast dtype); values
+float32 (R, k), indices int64 (R, k), lse float32 (R,): float64 in float64. The log-softmax of a best token is value -
+lse. Of equal values the lower index comes first. With a packed int8 weight that asks for int8 activations (W8A8), z is
+`quant_linear`'s. For inference: there is no gradient.
+
+The `cpu` rows compute z in float32, keep none of it, and give bitwise the same for any number of threads and whatever
+shares the batch; a row with NaN among its z has lse NaN, values NaN and indices 0 … k - 1 (PyTorch's rows: NaN counts
+as the largest). They want the weight in panels: `pack_head` makes them once, for every call.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from miss.kernels import extension
+from miss.kernels.linear import prepare
+from miss.kernels.linear.op import of_dtype
+from miss.kernels.linear_top_k import reference, torch_impl
+from miss.kernels.quant_linear import PackedWeight
+from miss.kernels.quant_linear.torch_impl import dynamic_limits
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
+
+CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
+MOST_K = 16  # csrc/cpu/top_k.h
+# Packing costs as much as reading the weight three times (bfloat16, (30524, 768): 5 ms beside 1.5 ms): with as many
+# rows the product outweighs it.
+ROWS_WORTH_PACKING = 64
+
+
+class HeadPanels(NamedTuple):
+    """A head's weight as csrc/cpu/gemm.h reads it; `offset`: of int8 weights, 128 times each row's sum of codes."""
+
+    panels: Tensor
+    offset: Tensor | None = None
+
+
+def _limits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, panels: Tensor | None, *_: object
+) -> str | None:
+    if k > MOST_K:
+        return f"takes k up to {MOST_K}, got {k}"
+    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype not in CPU_DTYPES):
+        return "takes hidden and weight of one dtype, and a float32 or bfloat16 bias"
+    if hidden.shape[1] == 0:
+        return "needs at least one column"
+    if panels is None and len(hidden) < ROWS_WORTH_PACKING:
+        return f"needs the weight's panels (pack_head) for fewer than {ROWS_WORTH_PACKING} rows"
+    return None
+
+
+def _quant_limits(
+    hidden: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, k: int, panels: Tensor | None, *_: object
+) -> str | None:
+    return _limits(hidden, hidden, bias, k, panels)
+
+
+def _cpu(function: str, limits: Any) -> Impl:
+    run = lazy("linear_top_k.cpu_impl", function)
+    return Impl("cpu", run, device="cpu", dtypes=CPU_DTYPES, needs=extension.missing, limits=limits)
+
+
+FORWARD = Op(
+    "linear_top_k",
+    _cpu("forward", _limits),
+    Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS),
+    Impl("reference", reference.forward, dtypes=ALL_FLOATS),
+)
+QUANT = Op(
+    "linear_top_k_w8a8",
+    _cpu("quant", _quant_limits),
+    Impl("torch", torch_impl.quant, dtypes=ALL_FLOATS, limits=dynamic_limits),
+    Impl("reference", reference.quant, dtypes=ALL_FLOATS),
+)
+
+
+def _outputs(hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    values = hidden.new_empty(hidden.shape[0], k, dtype=accumulator(hidden.dtype))
+    return values, torch.empty_like(values, dtype=torch.int64), values.new_empty(hidden.shape[0])
+
+
+@torch.library.custom_op("miss::linear_top_k", mutates_args=())
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, panels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return FORWARD(hidden, weight, bias, k, panels)
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, panels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(hidden, k)
+
+
+@torch.library.custom_op("miss::linear_top_k_w8a8", mutates_args=())
+def _quant(
+    hidden: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    k: int,
+    panels: Tensor | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return QUANT(hidden, data, scale, bias, k, panels, offset)
+
+
+@_quant.register_fake
+def _(
+    hidden: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    k: int,
+    panels: Tensor | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(hidden, k)
+
+
+def pack_head(weight: Tensor | PackedWeight) -> HeadPanels | None:
+    """The weight as the `cpu` rows want it, another copy of it; None where they do not run or do not take it."""
+    data = weight.data if isinstance(weight, PackedWeight) else weight
+    if data.device.type != "cpu" or extension.missing() is not None:
+        return None
+    if isinstance(weight, PackedWeight):
+        return HeadPanels(*extension.ops().pack_int8(data)) if weight.dynamic else None
+    panels = prepare(data)
+    return None if panels is None else HeadPanels(panels)
+
+
+def linear_top_k(
+    hidden: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    k: int,
+    panels: HeadPanels | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, indices, lse) of hidden (R, C) and weight (V, C), plain or packed for W8A8.
+
+    Args:
+        panels: what `pack_head` (of a plain weight also `linear.prepare`) made of this very weight.
+
+    Raises:
+        ValueError: shapes that do not fit each other, k not in 1 … V, or a packed weight that is not W8A8.
+    """
+    num_tokens, width = weight.shape
+    if hidden.dim() != 2 or hidden.shape[1] != width or (bias is not None and bias.shape != (num_tokens,)):
+        raise ValueError(
+            f"linear_top_k: hidden {tuple(hidden.shape)}, bias {None if bias is None else tuple(bias.shape)}; "
+            f"a weight of {tuple(weight.shape)} wants hidden (R, {width}) and bias ({num_tokens},)"
+        )
+    if not 1 <= k <= num_tokens:
+        raise ValueError(f"linear_top_k: k is {k}; wanted 1 … {num_tokens}")
+    packed, offset = panels if isinstance(panels, HeadPanels) else (panels, None)
+    if isinstance(weight, PackedWeight):
+        if not weight.dynamic or weight.scheme != "int8":
+            raise ValueError(
+                "linear_top_k: a packed weight is wanted with int8 activations (W8A8); else use quant_linear"
+            )
+        hidden, bias = autocast_to(hidden, bias)
+        return QUANT.call(_quant, hidden, weight.data, weight.scale, bias, k, packed, offset)
+    hidden, weight, bias = autocast_to(hidden, weight, bias)
+    return FORWARD.call(_forward, hidden, weight, bias, k, of_dtype(packed, hidden))
