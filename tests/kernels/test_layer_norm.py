@@ -304,7 +304,7 @@ def test_quantised(shape, way, dtype):
 
 
 def test_quantised_codes_are_those_of_the_definition():
-    """The kernel divides by a reciprocal with a correction; ties and the ends of the range must come out as divided."""
+    """Bit for bit, the ends of the range included."""
     torch.manual_seed(0)
     x, (w, b) = torch.randn(300, 100), parameters(100)
     with route("cpu", QUANTISED), route("cpu", op.FORWARD):
