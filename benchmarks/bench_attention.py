@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miss.benchmarks.harness import Case, Peer
+from miss.benchmarks.cases import Case, Peer
 from miss.benchmarks.inputs import normal
 from miss.benchmarks.peers import sdpa
 from miss.benchmarks.shapes import IMAGES, NUM_QUESTION_TOKENS, Shapes

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from miss.benchmarks.harness import Case
+from miss.benchmarks.cases import Case
 from miss.benchmarks.inputs import normal, weight
 from miss.benchmarks.shapes import Shapes
 from miss.kernels.cross_entropy import linear_cross_entropy

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from miss.benchmarks.harness import Case
+from miss.benchmarks.cases import Case
 from miss.benchmarks.inputs import normal
 from miss.benchmarks.shapes import IMAGES, Shapes
 from miss.kernels.kv_cache import kv_append, kv_reorder

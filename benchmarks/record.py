@@ -15,8 +15,9 @@ import numpy
 import torch
 
 import miss
+from miss.benchmarks.cases import Result
 from miss.benchmarks.ceilings import last_cache_bytes
-from miss.benchmarks.harness import Result, as_json
+from miss.benchmarks.harness import as_json
 from miss.kernels import extension
 
 

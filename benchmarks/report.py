@@ -6,7 +6,7 @@ Knows the rows' columns; does not know how they were measured, or files.
 import math
 from typing import Any
 
-from miss.benchmarks.harness import Cache, Case, Result
+from miss.benchmarks.cases import Cache, Case, Result
 
 WIDTH = 120
 _BUSY = 0.05  # of all cores' time; more than this, and times are no longer the implementation's own

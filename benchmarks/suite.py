@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 import miss.kernels
+from miss.benchmarks.cases import Cache, Case, Result, Settings
 from miss.benchmarks.ceilings import Ceilings
-from miss.benchmarks.harness import Cache, Case, Result, Settings, measure
+from miss.benchmarks.harness import measure
 from miss.benchmarks.shapes import Shapes
 from miss.models.config import did_you_mean
 

@@ -49,7 +49,14 @@ def build_checks(isa: str, folder: Path, extra: Sequence[str] = ()) -> Path:
     names = setup_names()
     program = folder / f"checks_{isa}"
     # -O0 last: an instruction set's kernels compile in 5 s so, in 15 s at -O1; the checks then run 4 s instead of 2.
-    flags = [*names["COMMON"], *names["INSTRUCTIONS"][isa], *names["SANITIZE"], "-g1", "-O0", *extra]
+    flags = [
+        *names["COMMON"],
+        *names["INSTRUCTIONS"][isa],
+        *names["SANITIZE"],
+        "-fsanitize-address-use-after-scope",
+        "-O0",
+        *extra,
+    ]
     sources = [f"csrc/cpu/{isa}.cpp", "csrc/cpu/isa.cpp", *sorted(str(p) for p in (ROOT / "csrc/tests").glob("*.cpp"))]
     command = [str(compiler()), *flags, "-Icsrc", f"-DMISS_ONE_ISA={isa}", "-o", str(program), *sources]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -104,10 +111,13 @@ def preloaded() -> dict[str, str]:
 
 
 def run_tests(arguments: Sequence[str]) -> bool:
-    """tests/kernels under the sanitizers; whether they passed. Tensors lie on the heap, in blocks of their own size."""
+    """tests/kernels under the sanitizers; whether they passed. Tensors lie on the heap, in blocks of their own size.
+
+    Not pytest's usual capture: what the sanitizer writes as it ends the process would be lost with it.
+    """
     copy = tree()
     asked = list(arguments) or ["tests/kernels", "-k", NOT_THESE]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *asked]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys", *asked]
     return subprocess.run(command, cwd=copy, env={**os.environ, **preloaded()}).returncode == 0
 
 

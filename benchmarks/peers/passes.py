@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from miss.benchmarks.harness import Bound
+from miss.benchmarks.cases import Bound
 
 _SHIFT = 128
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from miss.benchmarks.harness import Bound
+from miss.benchmarks.cases import Bound
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, causal: bool = False) -> Bound:

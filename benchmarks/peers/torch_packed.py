@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miss.benchmarks.harness import Bound
+from miss.benchmarks.cases import Bound
 from miss.kernels.quant_linear import PackedWeight
 from miss.kernels.quant_linear.packing import from_nibbles
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from miss.benchmarks.harness import Bound
+from miss.benchmarks.cases import Bound
 from miss.kernels.quant_linear import PackedWeight, unpack
 
 

@@ -25,7 +25,7 @@ struct AttentionArgs {
   Type type;  // of q, k, v, out: f32 or bf16
   const char *q, *k, *v;
   char* out;
-  float* lse;
+  float* lse;  // may be null for `single`
   int64_t heads, width;                      // width: a multiple of 32, at most 64 or a multiple of 64
   int64_t q_row, q_token, q_head;            // bytes
   int64_t k_token, k_head, v_token, v_head;  // bytes
@@ -40,6 +40,7 @@ struct AttentionArgs {
   float keep;                                // 1 / (1 - p)
   const AttentionGroup* groups;
   int64_t num_groups, num_tasks, grain;
+  int64_t chunk;                             // queries of a forward task
 };
 
 // The backward's: dq, dk, dv dense; dq and dout with the strides of out, dv with those of dk. A task is a group's head.
@@ -50,10 +51,25 @@ struct AttentionGradArgs {
   int64_t dk_token, dk_head;  // bytes
 };
 
-constexpr int64_t ATTENTION_CHUNK = 96;  // queries of a forward task
+constexpr int64_t SINGLE_HEADS = 12;     // heads of a task of single queries
+
+// Rows of each head times the head's own weight: (rows, heads, in) to (rows, heads, out).
+struct HeadProductArgs {
+  Type type;
+  const char *a, *weight, *bias;  // bias (heads, out) or null
+  char* out;
+  const uint8_t* biased;          // which outer rows take the bias; null: all
+  int64_t heads, inner, columns;  // inner: what is summed over; both multiples of 32
+  int64_t outer, tokens;          // rows are outer x tokens
+  int64_t a_outer, a_token, a_head, out_token, out_head;  // bytes; out is dense over rows
+  int64_t weight_row, weight_head;                        // bytes
+  bool transposed;                // the weight's rows are columns of the result: weight (columns, inner), else (inner, columns)
+};
 
 struct AttentionKernels {
   void (*forward)(const AttentionArgs& args);
+  void (*single)(const AttentionArgs& args);  // forward, one token a row, no dropout, heads 32 or 64 wide
+  void (*head_product)(const HeadProductArgs& args);
   void (*backward)(const AttentionGradArgs& args);
 };
 

@@ -11,6 +11,7 @@ namespace MISS_ISA {
 namespace attend {
 namespace {
 
+constexpr int STRIP = 4 * ROWS;  // most queries that go over the keys together
 constexpr int64_t KEYS = 1088;  // of a block: 6 rows of scores of all keys of the longest image stay in cache
 
 template <class Dot>
@@ -21,7 +22,7 @@ struct Source {  // a source's head, packed
 
 // What a strip of queries carries from block to block.
 struct Running {
-  float top[ROWS], total[ROWS];
+  float top[STRIP], total[STRIP];
 };
 
 // Scores become probabilities relative to the running maximum, in place; zeros up to `padded`. Returns the factor that
@@ -71,15 +72,19 @@ inline float softmax_row(float* scores, int64_t visible, int64_t padded, float s
   return some[0];
 }
 
-struct Strip {  // at most ROWS queries
+struct Strip {
   int num_rows;
-  const char* q[ROWS];
-  int64_t row[ROWS], token[ROWS], visible[ROWS], most;  // most: of visible
+  const char* q[STRIP];
+  int64_t row[STRIP], token[STRIP], visible[STRIP], most;  // most: of visible
 };
+
+// Heads up to 64 wide: a source's keys are in L2, and rows of scores in L1. Wider ones (the tokens of the absorbed form,
+// 0.9 MB twice) are in neither: more queries share each read.
+inline int64_t strip_rows(const AttentionArgs& a) { return a.width > PANEL ? STRIP : ROWS; }
 
 inline Strip strip_of(const AttentionArgs& a, const AttentionGroup& g, int64_t head, int64_t first, int64_t end) {
   Strip s;
-  s.num_rows = static_cast<int>(least(ROWS, end - first));
+  s.num_rows = static_cast<int>(least(strip_rows(a), end - first));
   s.most = 0;
   for (int r = 0; r < s.num_rows; ++r) {
     s.row[r] = (first + r) / g.tokens;
@@ -121,17 +126,18 @@ inline void forward_strip(const AttentionArgs& a, const AttentionGroup& g, int64
   constexpr int64_t SIZE = 4 / Dot::GROUP;
   const int64_t bytes = a.width * SIZE;
   Running running;
-  char* q = reinterpret_cast<char*>(sums + ROWS * a.width);  // the strip's queries, one after the other
-  for (int r = 0; r < ROWS; ++r) {
+  char* q = reinterpret_cast<char*>(sums + strip_rows(a) * a.width);  // the strip's queries, one after the other
+  for (int r = 0; r < s.num_rows; ++r) {
     running.top[r] = -__builtin_inff();
     running.total[r] = 0.0f;
-    if (r < s.num_rows) memcpy(q + r * bytes, s.q[r], static_cast<size_t>(bytes));
+    memcpy(q + r * bytes, s.q[r], static_cast<size_t>(bytes));
   }
   for (int64_t start = 0; start < s.most; start += KEYS) {
     const int64_t count = least(KEYS, s.most - start), padded = round_up(count, Dot::GROUP);
     for (int64_t at = 0; at < count; at += PANEL)
-      tile<Dot>(s.num_rows, Rows{q, bytes, bytes}, source.keys + (start + at) * bytes, scores + at, KEYS, true,
-                least(PANEL, count - at));
+      for (int r = 0; r < s.num_rows; r += ROWS)
+        tile<Dot>(static_cast<int>(least(ROWS, s.num_rows - r)), Rows{q + r * bytes, bytes, bytes},
+                  source.keys + (start + at) * bytes, scores + r * KEYS + at, KEYS, true, least(PANEL, count - at));
     for (int r = 0; r < s.num_rows; ++r) {
       const int64_t rest = s.visible[r] - start, seen = rest < 0 ? 0 : least(rest, count);
       Drop drop{fields, a.threshold, a.keep};
@@ -144,8 +150,10 @@ inline void forward_strip(const AttentionArgs& a, const AttentionGroup& g, int64
     }
     const Rows p{reinterpret_cast<const char*>(scores), KEYS * 4, padded * SIZE};
     for (int64_t d = 0; d < a.width; d += PANEL)
-      tile<Dot>(s.num_rows, p, source.values + d / PANEL * source.value_panel + start / Dot::GROUP * STEP, sums + d,
-                a.width, start == 0, least(PANEL, a.width - d));
+      for (int r = 0; r < s.num_rows; r += ROWS)
+        tile<Dot>(static_cast<int>(least(ROWS, s.num_rows - r)), p.from(r, 0, p.bytes),
+                  source.values + d / PANEL * source.value_panel + start / Dot::GROUP * STEP, sums + r * a.width + d,
+                  a.width, start == 0, least(PANEL, a.width - d));
   }
   write_strip<Dot>(a, g, head, s, running, sums);
 }
@@ -166,7 +174,7 @@ inline void nothing_visible(const AttentionArgs& a, const AttentionGroup& g, int
   for (int64_t j = first; j < end; ++j) {
     const int64_t row = j / g.tokens, token = j % g.tokens;
     memset(a.out + g.out + row * a.out_row + token * a.out_token + head * a.out_head, 0, static_cast<size_t>(bytes));
-    a.lse[g.lse + row * a.lse_row + token * a.lse_token + head * a.lse_head] = -__builtin_inff();
+    if (a.lse != nullptr) a.lse[g.lse + row * a.lse_row + token * a.lse_token + head * a.lse_head] = -__builtin_inff();
   }
 }
 
@@ -184,25 +192,26 @@ inline int64_t group_of(const AttentionArgs& a, int64_t task) {
 template <class Dot, bool DROPOUT>
 void forward_tasks(const AttentionArgs& a) {
   parallel(a.num_tasks, a.grain, [&](int64_t begin, int64_t end) {
-    float* scores = scratch_of<float>(4, ROWS * (KEYS + 2 * a.width));
+    const int64_t strip = strip_rows(a);
+    float* scores = scratch_of<float>(4, strip * (KEYS + 2 * a.width));
     int16_t* fields = scratch_of<int16_t>(5, KEYS + FIELD_SLACK);
     Source<Dot> source{};
     int64_t packed = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t number = group_of(a, task);
       const AttentionGroup& g = a.groups[number];
-      const int64_t queries = g.rows * g.tokens, chunks = (queries + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK;
+      const int64_t queries = g.rows * g.tokens, chunks = (queries + a.chunk - 1) / a.chunk;
       const int64_t head = (task - g.first_task) / chunks;
-      const int64_t first = (task - g.first_task) % chunks * ATTENTION_CHUNK;
-      const int64_t last = least(queries, first + ATTENTION_CHUNK);
+      const int64_t first = (task - g.first_task) % chunks * a.chunk;
+      const int64_t last = least(queries, first + a.chunk);
       if (g.keys == 0) {
         nothing_visible<Dot>(a, g, head, first, last);
         continue;
       }
       if (packed != number * a.heads + head) source = pack_source<Dot>(a, g, head);
       packed = number * a.heads + head;
-      for (int64_t j = first; j < last; j += ROWS)
-        forward_strip<Dot, DROPOUT>(a, g, head, strip_of(a, g, head, j, last), source, scores, scores + ROWS * KEYS,
+      for (int64_t j = first; j < last; j += strip)
+        forward_strip<Dot, DROPOUT>(a, g, head, strip_of(a, g, head, j, last), source, scores, scores + strip * KEYS,
                                     fields);
     }
   });

@@ -237,7 +237,7 @@ void backward(const AttentionGradArgs& args) {
 }  // namespace
 }  // namespace attend
 
-extern const AttentionKernels attention_kernels = {attend::forward, attend::backward};
+extern const AttentionKernels attention_kernels = {attend::forward, attend::single, attend::head_product, attend::backward};
 
 }  // namespace MISS_ISA
 }  // namespace miss

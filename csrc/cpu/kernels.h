@@ -11,6 +11,8 @@
 #include "quantise.h"
 
 #include "attention.inl.h"
+#include "attention_single.inl.h"
+#include "attention_heads.inl.h"
 #include "attention_backward.inl.h"
 #include "ceilings.inl.h"
 #include "convert.inl.h"

@@ -49,9 +49,9 @@ struct Finish {
 
   static vf number(const float* sums, const Column& c, const float*) { return add(load(sums), c.bias); }
 
-  // (sum - 128 * the column's codes) * row's scale * column's scale
+  // (sum - 128 * the column's codes) * row's scale * column's scale, each step rounded as NumPy's would be.
   static vf number(const int32_t* sums, const Column& c, const float* row_scale) {
-    return fma(mul(to_float(subi(load(sums), c.offset)), set1(*row_scale)), c.scale, c.bias);
+    return add(mul(mul(to_float(subi(load(sums), c.offset)), set1(*row_scale)), c.scale), c.bias);
   }
 
   // `num_rows` rows of `n` columns. Pointers are to the first row.
@@ -264,7 +264,8 @@ void pack_panel(const PackArgs& args, int64_t panel) {
   int64_t groups = blocks(args.k, GROUP);
   int64_t rows = args.rows - panel * PANEL < PANEL ? args.rows - panel * PANEL : PANEL;
   To* to = reinterpret_cast<To*>(args.panels) + panel * groups * PANEL * GROUP;
-  if (rows < PANEL || args.k % GROUP != 0) memset(static_cast<void*>(to), 0, static_cast<size_t>(groups) * STEP);
+  if (groups > 0 && (rows < PANEL || args.k % GROUP != 0))  // without groups there is no memory
+    memset(static_cast<void*>(to), 0, static_cast<size_t>(groups) * STEP);
   const From* from = reinterpret_cast<const From*>(args.from) + panel * PANEL * args.row_stride;
   PanelPacker<From, To>{args, from, to, rows, args.k}.pack();
   if (args.offset == nullptr) return;

@@ -59,19 +59,20 @@ void set_dropout(AttentionArgs& a, double p, const std::optional<Tensor>& seed) 
   a.keep = static_cast<float>(1.0 / (1.0 - p));
 }
 
-// Numbers the tasks and decides how many of them are worth a thread: a million multiply-adds, about 10 us.
-void number_tasks(AttentionArgs& a, std::vector<AttentionGroup>& groups, int64_t chunk) {
-  int64_t tasks = 0, keys = 1;
+// Numbers the tasks, each of some heads of some of a group's queries, and decides how many of them are worth a thread: a
+// million multiply-adds, about 10 us.
+void number_tasks(AttentionArgs& a, std::vector<AttentionGroup>& groups, int64_t heads, int64_t chunk) {
+  int64_t tasks = 0, pairs = 1;
   for (AttentionGroup& g : groups) {
     g.first_task = tasks;
     const int64_t queries = g.rows * g.tokens;
-    tasks += a.heads * ((queries + chunk - 1) / chunk);
-    keys += queries * g.keys;
+    tasks += queries ? (a.heads + heads - 1) / heads * ((queries - 1) / chunk + 1) : 0;
+    pairs += queries * g.keys;
   }
   a.groups = groups.data();
   a.num_groups = static_cast<int64_t>(groups.size());
   a.num_tasks = tasks;
-  const int64_t work = keys * a.heads * a.width * 2 / (tasks ? tasks : 1);
+  const int64_t work = pairs * a.heads * a.width * 2 / (tasks ? tasks : 1);
   a.grain = 1 + 1000000 / (work ? work : 1);
 }
 
@@ -96,8 +97,23 @@ Tensor new_out(const Tensor& q) {
 
 void run(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& out, const Tensor& lse) {
   a.out = bytes_to(out), a.lse = lse.mutable_data_ptr<float>();
-  number_tasks(a, groups, ATTENTION_CHUNK);
+  a.chunk = a.width > 64 ? 48 : 96;
+  number_tasks(a, groups, 1, a.chunk);
   if (a.num_tasks) attention_kernels().forward(a);
+}
+
+// One query a row: which path runs is the shape's choice, never the batch's.
+void run_single(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& out) {
+  a.out = bytes_to(out);
+  number_tasks(a, groups, SINGLE_HEADS, INT64_MAX);
+  if (a.num_tasks) attention_kernels().single(a);
+}
+
+void run_batch(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& q, const Tensor& out,
+               const Tensor& lse) {
+  if (q.size(1) != 1 || a.dropout || a.width > 64) return run(a, groups, out, lse);
+  a.lse = lse.mutable_data_ptr<float>();
+  run_single(a, groups, out);
 }
 
 // q (rows, T, H, D); k, v (sources, N, H, D); dropout's mask over (rows, H, T, N).
@@ -191,7 +207,7 @@ static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tenso
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
   AttentionArgs a = batch_args(q, k, v, out, causal, scale, dropout_p, seed);
   std::vector<AttentionGroup> groups = batch_groups(a, q, k, v, lengths);
-  run(a, groups, out, lse);
+  run_batch(a, groups, q, out, lse);
   return {out, lse};
 }
 
@@ -211,28 +227,28 @@ static std::tuple<Tensor, Tensor> cross_forward(const Tensor& q, const Tensor& k
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
   AttentionArgs a = batch_args(q, k, v, out, false, scale, dropout_p, seed);
   std::vector<AttentionGroup> groups = image_groups(a, q, k, v, image_index, lengths);
-  run(a, groups, out, lse);
+  run_batch(a, groups, q, out, lse);
   return {out, lse};
 }
 
 // One query a row against its slot of a cache (S, L, H, D): q (R, H, D).
 static Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
                              const Tensor& lengths, double scale) {
-  Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(1)});
+  Tensor out = new_out(q);
   AttentionArgs a = start(q, k, v, out, scale);
+  STD_TORCH_CHECK(a.width <= 64, "decode_attention: heads are 32 or 64 wide");
   const int64_t size = a.type == Type::bf16 ? 2 : 4;
-  a.lse_head = 1;
   const Ints slot(slots), length(lengths);
   std::vector<AttentionGroup> groups(static_cast<size_t>(q.size(0)));
   for (int64_t r = 0; r < q.size(0); ++r) {
     AttentionGroup& g = groups[static_cast<size_t>(r)];
     STD_TORCH_CHECK(slot[r] >= 0 && slot[r] < k.size(0), "decode_attention: slot ", slot[r], " of ", k.size(0));
     g.k = slot[r] * k.stride(0) * size, g.v = slot[r] * v.stride(0) * size;
-    g.q = r * q.stride(0) * size, g.out = r * out.stride(0) * size, g.lse = r * a.heads;
+    g.q = r * q.stride(0) * size, g.out = r * out.stride(0) * size;
     g.keys = clamp(length[r], k.size(1));
     g.rows = g.tokens = 1;
   }
-  run(a, groups, out, lse);
+  run_single(a, groups, out);
   return out;
 }
 
@@ -280,6 +296,45 @@ static std::tuple<Tensor, Tensor, Tensor> cross_backward(const Tensor& dout, con
   return run_backward(a, groups, dout, q, k, out, lse);
 }
 
+// rows (R, T, H, in), dense but for the first two dimensions, times each head's weight: (R, T, H, out).
+static Tensor head_product(const Tensor& rows, const Tensor& weight, bool transposed, const std::optional<Tensor>& bias,
+                           const uint8_t* biased) {
+  const int64_t heads = rows.size(2), width = rows.size(3), size = type_of(rows) == Type::bf16 ? 2 : 4;
+  const int64_t per_head = weight.size(0) / heads, columns = transposed ? per_head : weight.size(1);
+  STD_TORCH_CHECK(type_of(weight) == type_of(rows) && weight.stride(1) == 1 && rows.stride(3) == 1 &&
+                      weight.size(1) % 64 == 0 && per_head % 32 == 0,
+                  "miss_cpu: weights dense, of one dtype, (H * 32 or 64, a multiple of 64)");
+  Tensor out = torch::stable::new_empty(rows, {rows.size(0), rows.size(1), heads, columns});
+  HeadProductArgs p{};
+  p.type = type_of(rows);
+  p.a = bytes_of(rows), p.weight = bytes_of(weight), p.bias = bytes_of(bias), p.out = bytes_to(out), p.biased = biased;
+  p.heads = heads, p.inner = width, p.columns = columns, p.outer = rows.size(0), p.tokens = rows.size(1);
+  p.a_outer = rows.stride(0) * size, p.a_token = rows.stride(1) * size, p.a_head = rows.stride(2) * size;
+  p.out_token = heads * columns * size, p.out_head = columns * size;
+  p.weight_row = weight.stride(0) * size, p.weight_head = per_head * p.weight_row, p.transposed = transposed;
+  if (p.outer > 0 && p.tokens > 0) attention_kernels().head_product(p);
+  return out;
+}
+
+// The absorbed form: all heads of a row are queries over one key, the tokens. lse (R, T * H).
+static std::tuple<Tensor, Tensor> tokens_forward(const Tensor& q, const Tensor& x, const Tensor& w_k, const Tensor& w_v,
+                                                 std::optional<Tensor> b_v, const Tensor& image_index,
+                                                 std::optional<Tensor> lengths, double scale) {
+  STD_TORCH_CHECK(!b_v.has_value() || (b_v->is_contiguous() && type_of(*b_v) == type_of(q)), "miss_cpu: b_v of q's dtype");
+  const int64_t rows = q.size(0), queries = q.size(1) * q.size(2), width = x.size(2);
+  Tensor absorbed = torch::stable::view(head_product(q, w_k, false, std::nullopt, nullptr), {rows, queries, 1, width});
+  Tensor mixed = new_out(absorbed), lse = new_lse(q, {rows, queries});
+  Tensor tokens = torch::stable::unsqueeze(x, 2);
+  AttentionArgs a = batch_args(absorbed, tokens, tokens, mixed, false, scale, 0.0, std::nullopt);
+  std::vector<AttentionGroup> groups = image_groups(a, absorbed, tokens, tokens, image_index, lengths);
+  run(a, groups, mixed, lse);
+  std::vector<uint8_t> biased;
+  if (lengths.has_value())
+    for (int64_t r = 0; r < rows; ++r) biased.push_back(Ints(*lengths)[Ints(image_index)[r]] > 0);
+  mixed = torch::stable::view(mixed, {rows, q.size(1), q.size(2), width});
+  return {head_product(mixed, w_v, true, b_v, lengths.has_value() ? biased.data() : nullptr), lse};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, bool causal, float scale, float dropout_p, "
@@ -300,6 +355,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
       "cross_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor image_index, Tensor? lengths, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "cross_attention_tokens(Tensor q, Tensor x, Tensor w_k, Tensor w_v, Tensor? b_v, Tensor image_index, "
+      "Tensor? lengths, float scale) -> (Tensor, Tensor)");
+  m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor lengths, float scale) -> Tensor");
 }
 
@@ -310,6 +368,7 @@ STABLE_TORCH_LIBRARY_IMPL(miss_cpu, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_varlen_backward", TORCH_BOX(&varlen_backward));
   m.impl("cross_attention_backward", TORCH_BOX(&cross_backward));
+  m.impl("cross_attention_tokens", TORCH_BOX(&tokens_forward));
   m.impl("decode_attention", TORCH_BOX(&decode_forward));
 }
 

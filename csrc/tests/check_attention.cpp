@@ -9,6 +9,50 @@ using check::near;
 using check::number;
 using check::randomise;
 
+// The gradients of a forward that has run, against the formula in float64; dropout leaves only memory to be watched.
+template <class T>
+static void backward(miss::AttentionArgs args, Buffer<T>& q, Buffer<T>& k, Buffer<T>& v, Buffer<T>& out, int64_t rows,
+                     int64_t tokens, int64_t keys, double tolerance) {
+  const int64_t heads = args.heads, width = args.width, total = args.num_groups * rows;
+  Buffer<T> dout(q.count()), dq(q.count()), dk(k.count()), dv(k.count());
+  Buffer<double> wanted_q(q.count()), wanted_k(k.count()), wanted_v(k.count());
+  randomise(dout);
+  for (Buffer<double>* one : {&wanted_q, &wanted_k, &wanted_v})
+    for (int64_t i = 0; i < one->count(); ++i) (*one)[i] = 0;
+  args.num_tasks = args.num_groups * heads;
+  args.out = nullptr;
+  miss::attention_kernels().backward(
+      {args, dout.chars(), out.chars(), dq.chars(), dk.chars(), dv.chars(), args.k_token, args.k_head});
+  if (args.dropout) return;
+  for (int64_t row = 0; row < total; ++row)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = ((row * tokens + t) * heads + h) * width;
+        const double lse = args.lse[(row * heads + h) * tokens + t];
+        double delta = 0;
+        for (int64_t i = 0; i < width; ++i) delta += double{number(dout[at + i])} * number(out[at + i]);
+        for (int64_t key = 0; key < keys && (!args.causal || key <= t + args.shift); ++key) {
+          const int64_t from = ((row / rows * keys + key) * heads + h) * width;
+          double score = 0, dp = 0;
+          for (int64_t i = 0; i < width; ++i) {
+            score += double{number(q[at + i])} * number(k[from + i]);
+            dp += double{number(dout[at + i])} * number(v[from + i]);
+          }
+          const double p = exp(score * double{args.scale} - lse), ds = p * (dp - delta) * double{args.scale};
+          for (int64_t i = 0; i < width; ++i) {
+            wanted_q[at + i] += ds * number(k[from + i]);
+            wanted_k[from + i] += ds * number(q[at + i]);
+            wanted_v[from + i] += p * number(dout[at + i]);
+          }
+        }
+      }
+  for (int64_t i = 0; i < q.count(); ++i) near(number(dq[i]), wanted_q[i], tolerance * (1 + fabs(wanted_q[i])), "dq");
+  for (int64_t i = 0; i < k.count(); ++i) {
+    near(number(dk[i]), wanted_k[i], tolerance * (1 + fabs(wanted_k[i])), "dk");
+    near(number(dv[i]), wanted_v[i], tolerance * (1 + fabs(wanted_v[i])), "dv");
+  }
+}
+
 // Each source is read by `rows` rows of `tokens` queries: 1 row is self-attention, more is cross-attention.
 template <class T>
 static void attention(int64_t sources, int64_t rows, int64_t tokens, int64_t keys, int64_t width, bool causal,
@@ -51,8 +95,8 @@ static void attention(int64_t sources, int64_t rows, int64_t tokens, int64_t key
   for (int64_t s = 0; s < sources; ++s) {
     miss::AttentionGroup& g = groups[s];
     g = {};
-    g.k = g.v = s * keys * heads * width * size;
-    g.keys = keys;
+    g.k = g.v = g.dk = s * keys * heads * width * size;
+    g.keys = g.all_keys = keys;
     g.q = g.out = s * rows * args.q_row;
     g.lse = s * rows * args.lse_row;
     g.mask = s * rows * args.mask_row;
@@ -62,6 +106,7 @@ static void attention(int64_t sources, int64_t rows, int64_t tokens, int64_t key
     args.num_tasks += heads * ((rows * tokens + miss::ATTENTION_CHUNK - 1) / miss::ATTENTION_CHUNK);
   }
   if (args.num_tasks > 0) miss::attention_kernels().forward(args);
+  if (width <= 64 && tokens * keys <= 1000) backward(args, q, k, v, out, rows, tokens, keys, tolerance);
   Buffer<double> scores(keys), wanted(width);
   for (int64_t row = 0; row < total; ++row)
     for (int64_t t = 0; t < tokens; ++t)

@@ -27,7 +27,8 @@ static void pack(Buffer<W>& weight, int64_t columns, int64_t k, bool transposed,
 
 template <class T>
 static void floats(int64_t rows, int64_t columns, int64_t k, bool extras, double tolerance) {
-  Buffer<T> x(rows * k), weight(columns * k), bias(columns), residual(rows * columns);
+  const int64_t stride = extras ? k : k + 3;  // rows that lie apart
+  Buffer<T> x(rows > 0 ? (rows - 1) * stride + k : 0), weight(columns * k), bias(columns), residual(rows * columns);
   Buffer<T> y(rows * columns), pre(rows * columns), panels(blocks(columns, 64) * 64 * blocks(k, 4 / sizeof(T)) * (4 / sizeof(T)));
   randomise(x);
   randomise(weight);
@@ -39,7 +40,8 @@ static void floats(int64_t rows, int64_t columns, int64_t k, bool extras, double
   args.x_type = args.y_type = args.bias_type = check::type_of<T>();
   args.rows = rows;
   args.columns = columns;
-  args.k = args.x_stride = k;
+  args.k = k;
+  args.x_stride = stride;
   args.panels = panels.chars();
   args.y = y.chars();
   if (extras) {
@@ -54,7 +56,7 @@ static void floats(int64_t rows, int64_t columns, int64_t k, bool extras, double
     for (int64_t c = 0; c < columns; ++c) {
       double sum = extras ? number(bias[c]) : 0.0;
       for (int64_t i = 0; i < k; ++i)
-        sum += double{number(x[r * k + i])} * double{number(weight[extras ? i * columns + c : c * k + i])};
+        sum += double{number(x[r * stride + i])} * double{number(weight[extras ? i * columns + c : c * k + i])};
       if (extras) check::near(number(pre[r * columns + c]), sum, tolerance * (1 + fabs(sum)), "linear, before gelu");
       double wanted = extras ? gelu(sum) + number(residual[r * columns + c]) : sum;
       check::near(number(y[r * columns + c]), wanted, tolerance * (1 + fabs(sum)), "linear");
@@ -105,10 +107,48 @@ static void int8(int64_t rows, int64_t columns, int64_t k, bool to_codes) {
     }
 }
 
+// What a weight's gradient is made of: y = A B^T over panels of both, sums over rows, gelu's slope.
+template <class T>
+static void gradients(int64_t rows, int64_t columns, int64_t k, double tolerance) {
+  const int64_t group = 4 / static_cast<int64_t>(sizeof(T));
+  Buffer<T> a(rows * k), b(columns * k), y(rows * columns), sums(k), dz(rows * k), dy(rows * k);
+  Buffer<T> a_panels(blocks(rows, 64) * 64 * blocks(k, group) * group);
+  Buffer<T> b_panels(blocks(columns, 64) * 64 * blocks(k, group) * group);
+  randomise(a);
+  randomise(b);
+  randomise(dy);
+  pack(a, rows, k, false, a_panels, nullptr);
+  pack(b, columns, k, false, b_panels, nullptr);
+  const miss::Type type = check::type_of<T>();
+  miss::linear_kernels().packed_product({a_panels.chars(), b_panels.chars(), type, rows, columns, k, y.chars()});
+  miss::linear_kernels().column_sums(a.chars(), type, rows, k, sums.chars());
+  miss::linear_kernels().gelu_backward(dy.chars(), a.chars(), type, a.count(), dz.chars());
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) {
+      double wanted = 0;
+      for (int64_t i = 0; i < k; ++i) wanted += double{number(a[r * k + i])} * double{number(b[c * k + i])};
+      check::near(number(y[r * columns + c]), wanted, tolerance * (1 + fabs(wanted)), "packed product");
+    }
+  for (int64_t i = 0; i < k; ++i) {
+    double wanted = 0;
+    for (int64_t r = 0; r < rows; ++r) wanted += number(a[r * k + i]);
+    check::near(number(sums[i]), wanted, tolerance * (1 + fabs(wanted)), "column sums");
+  }
+  for (int64_t i = 0; i < a.count(); ++i) {
+    const double x = number(a[i]), slope = 0.5 * erfc(-x / sqrt(2.0)) + x * 0.3989422804014327 * exp(-0.5 * x * x);
+    check::near(number(dz[i]), number(dy[i]) * slope, tolerance, "gelu, backward");
+  }
+}
+
 MISS_CHECK(linear) {
+  for (int64_t rows : {1, 7, 65, 130})
+    for (int64_t k : {0, 1, 3, 66, 131}) {
+      gradients<float>(rows, 67, k, 1e-5);
+      gradients<miss::bf16>(rows, 67, k, 8e-3);
+    }
   for (int64_t rows : {0, 1, 5, 7, 49, 151})
     for (int64_t columns : {1, 63, 65, 130})
-      for (int64_t k : {1, 3, 66, 259}) {
+      for (int64_t k : {0, 1, 3, 66, 259}) {
         if (rows * columns * k > 900000) continue;
         bool extras = (rows + columns + k) % 2 == 0;
         floats<float>(rows, columns, k, extras, 1e-5);

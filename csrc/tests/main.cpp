@@ -38,6 +38,7 @@ size_t pages_of(size_t bytes) {
 }  // namespace
 
 void* take(size_t bytes) {
+  if (bytes == 0) return nullptr;  // as an empty tensor's
   if (place == Place::heap) return malloc(bytes);
   size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), whole = pages_of(bytes);
   void* start = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -46,7 +47,7 @@ void* take(size_t bytes) {
 }
 
 void give_back(void* memory, size_t bytes, Place from) {
-  if (from == Place::heap) return free(memory);
+  if (from == Place::heap || bytes == 0) return free(memory);
   size_t whole = pages_of(bytes);
   munmap(static_cast<char*>(memory) + bytes - whole, whole + static_cast<size_t>(sysconf(_SC_PAGESIZE)));
 }

@@ -9,7 +9,9 @@ q, out (B, T, H, D); k, v (B, N, H, D); float16, bfloat16, float32, float64, one
 a packed (B, N, 3, H, D) projection have. Sums in float32 (float64 in float64).
 Visible to a query t: keys n < lengths[b] where lengths are given, for every query, also for those past the length; with
 `causal`, of those n <= t + (N - T): the last query sees all. A query that sees nothing gives zeros, lse -inf, and takes
-and gives no gradient. What stands in invisible keys and values must be finite: it is multiplied by zero.
+and gives no gradient. What stands in invisible keys and values must be finite: it is multiplied by zero (the `cpu` row
+never reads those past a length). A NaN among a query's visible scores, an infinite one, or none above -inf makes that
+query's output NaN in its head, as torch.softmax does; a score of -inf beside others has weight 0.
 Packed: q, k, v (total, H, D), sequence i is rows offsets[i] .. offsets[i+1]; lse (total, H).
 The mask of dropout is `miss.kernels.dropout`'s over (B, H, T, N); packed, over (total, H, max_length).
 

@@ -28,6 +28,26 @@ def kv_forward(
         raise
 
 
+def tokens_forward(
+    q: Tensor,
+    x: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    image_index: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    try:
+        out, lse = extension.ops().cross_attention_tokens(q, x, w_k, w_v, b_v, image_index, lengths, scale)
+    except RuntimeError:
+        check_index(image_index, x.shape[0])
+        raise
+    return out, lse.unflatten(1, q.shape[1:3]).transpose(1, 2).contiguous()
+
+
 def kv_backward(
     dout: Tensor,
     q: Tensor,

@@ -17,7 +17,8 @@ A source is
 q, out (R, T, H, D); image_index int32 (R,), non-decreasing, in [0, I): images may have no rows, one, or many; lengths
 int32 (I,): valid keys of each source; a source of length 0 gives its rows zeros, and takes no gradient. float16,
 bfloat16, float32, float64, one dtype for all (never quantized: per-channel scales of an int8 w_k would lie on the axis
-that the absorbed form sums over); any strides; sums in float32 (float64 in float64). Invisible keys must be finite.
+that the absorbed form sums over); any strides; sums in float32 (float64 in float64). Invisible keys must be finite;
+NaN and infinity among the visible ones as in `attention`.
 The mask of dropout is `miss.kernels.dropout`'s over (R, H, T, N), whatever the source.
 
 An index that is not sorted or out of range is a ValueError on CPU. On CUDA finding out would wait for the device: there
@@ -86,6 +87,29 @@ def _backward_fits(
     return limits.misfit(scale, q, k, v)
 
 
+def _tokens_fits(
+    q: Tensor,
+    x: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    image_index: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    _: Tensor | None,
+) -> str | None:
+    if x.shape[-1] % 64:
+        return f"tokens are a multiple of 64 wide, got {x.shape[-1]}"
+    if dropout_p:
+        return "no dropout in the absorbed form: training keeps keys and values"
+    if w_k.dtype != q.dtype or w_v.dtype != q.dtype or x.dtype != q.dtype or w_k.stride(1) != 1 or w_v.stride(1) != 1:
+        return "weights and tokens must be of q's dtype, their rows dense"
+    if b_v is not None and (b_v.dtype != q.dtype or not b_v.is_contiguous()):
+        return "b_v must be of q's dtype and dense"
+    return limits.misfit(scale, q) or ("a token's numbers must lie side by side" if x.stride(2) != 1 else None)
+
+
 FORWARD = Op(
     "cross_attention",
     _cpu("kv_forward", _forward_fits),
@@ -100,6 +124,7 @@ BACKWARD = Op(
 )
 TOKENS_FORWARD = Op(
     "cross_attention_tokens",
+    _cpu("tokens_forward", _tokens_fits),
     Impl("torch", torch_impl.tokens_forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.tokens_forward, dtypes=ALL_FLOATS),
 )

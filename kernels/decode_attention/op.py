@@ -8,6 +8,7 @@ Knows the contract and who computes it; does not know who owns a slot.
 q, out (R, H, D); k_cache, v_cache (S, L, H, D), any strides; slots int32 (R,), rows may share one; lengths int32 (R,):
 valid positions of the slot, the new token's included; 0 gives zeros. float16, bfloat16, float32, float64, one dtype for
 all; sums in float32 (float64 in float64). Invisible positions must hold finite numbers: they are multiplied by zero.
+NaN and infinity at visible ones as in `attention`.
 slots in [0, S) and lengths in [0, L] are the caller's word: reading them on the host would wait for a CUDA device.
 
 No gradient: decoding is never trained through.

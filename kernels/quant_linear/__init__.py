@@ -1,6 +1,6 @@
 """Products with packed int8 and int4 weights, and the one description of how they are packed."""
 
-from miss.kernels.quant_linear.op import quant_embedding, quant_linear
+from miss.kernels.quant_linear.op import prepare, quant_embedding, quant_linear
 from miss.kernels.quant_linear.packing import (
     PackedWeight,
     PackingError,
@@ -11,10 +11,10 @@ from miss.kernels.quant_linear.packing import (
     pack_int4,
     pack_int8,
     packed_names,
-    quantise_rows,
     to_flat,
     unpack,
 )
+from miss.kernels.quant_linear.rows import quant_linear_rows, quant_linear_rows_quantised, quantise_rows
 
 __all__ = [
     "PackedWeight",
@@ -27,7 +27,10 @@ __all__ = [
     "pack_int8",
     "packed_names",
     "quant_embedding",
+    "prepare",
     "quant_linear",
+    "quant_linear_rows",
+    "quant_linear_rows_quantised",
     "quantise_rows",
     "to_flat",
     "unpack",

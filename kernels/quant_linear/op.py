@@ -22,12 +22,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miss.kernels import extension
 from miss.kernels.quant_linear import reference, torch_impl
 from miss.kernels.quant_linear.packing import PackedWeight
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+
+CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def prepared_limits(x: Tensor, *rest: Any) -> str | None:
+    """csrc/cpu reads panels, the last arguments; laying a weight out for one call would cost more than it gives."""
+    return "the weight is not prepared (`prepare`)" if rest[-2] is None else None
+
+
+def on_cpu(function: str) -> Impl:
+    """The row of csrc/cpu."""
+    run = lazy("quant_linear.cpu_impl", function)
+    return Impl("cpu", run, device="cpu", dtypes=CPU_DTYPES, needs=extension.missing, limits=prepared_limits)
+
 
 FORWARD = Op(
     "quant_linear",
+    on_cpu("forward"),
     # Not composite: autograd would keep every dequantised weight until backward.
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
@@ -39,6 +55,7 @@ BACKWARD = Op(
 )
 DYNAMIC = Op(
     "quant_linear_w8a8",
+    on_cpu("dynamic"),
     Impl("torch", torch_impl.dynamic, dtypes=ALL_FLOATS, limits=torch_impl.dynamic_limits),
     Impl("reference", reference.dynamic, dtypes=ALL_FLOATS),
 )
@@ -52,25 +69,45 @@ EMBEDDING = Op(
 
 @torch.library.custom_op("miss::quant_linear", mutates_args=())
 def _forward(
-    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, columns: int, group: int
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    group: int,
+    panels: Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
-    return FORWARD(x, data, scale, zero, bias, columns, group)
+    return FORWARD(x, data, scale, zero, bias, columns, group, panels, offset)
 
 
 @_forward.register_fake
 def _(
-    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, columns: int, group: int
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    group: int,
+    panels: Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], data.shape[0]))
 
 
 @torch.library.custom_op("miss::quant_linear_w8a8", mutates_args=())
-def _dynamic(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return DYNAMIC(x, data, scale, bias)
+def _dynamic(
+    x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels: Tensor | None, offset: Tensor | None
+) -> Tensor:
+    return DYNAMIC(x, data, scale, bias, panels, offset)
 
 
 @_dynamic.register_fake
-def _(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels: Tensor | None, offset: Tensor | None
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], data.shape[0]))
 
 
@@ -99,13 +136,13 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, data, scale, zero, bias, ctx.columns, ctx.group = inputs
+    _, data, scale, zero, bias, ctx.columns, ctx.group, *_ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(data, scale, zero)
 
 
 def _save_dynamic(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, data, scale, bias = inputs
+    _, data, scale, bias, *_ = inputs
     ctx.columns, ctx.group = data.shape[1], 0
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(data, scale, None)
@@ -119,12 +156,12 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dbias = _grads(ctx, dy)
-    return dx, None, None, None, dbias, None, None
+    return dx, None, None, None, dbias, None, None, None, None
 
 
 def _grad_dynamic(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dbias = _grads(ctx, dy)
-    return dx, None, None, dbias
+    return dx, None, None, dbias, None, None
 
 
 _forward.register_autograd(_grad, setup_context=_save)
@@ -144,12 +181,20 @@ def quant_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
             f"a packed weight of {packed.shape} wants x (…, {columns}) and bias ({num_outputs},)"
         )
     x, bias = autocast_to(x, bias)
+    panels, offset = packed.prepared or (None, None)
     if not packed.dynamic:
-        args = (x, packed.data, packed.scale, packed.zero, bias, columns, packed.group)
+        args = (x, packed.data, packed.scale, packed.zero, bias, columns, packed.group, panels, offset)
         return FORWARD.call(_forward, *args)
     if packed.scheme != "int8":
         raise ValueError(f"quant_linear: int8 activations (dynamic) want an int8 weight, got {packed.scheme}")
-    return DYNAMIC.call(_dynamic, x, packed.data, packed.scale, bias)
+    return DYNAMIC.call(_dynamic, x, packed.data, packed.scale, bias, panels, offset)
+
+
+def prepare(packed: PackedWeight) -> PackedWeight:
+    """`packed` with what the kernels for this CPU read in its place; unchanged where there are none."""
+    if packed.data.device.type != "cpu" or extension.missing() is not None:
+        return packed
+    return lazy("quant_linear.cpu_impl", "prepared")(packed)
 
 
 def quant_embedding(ids: Tensor, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -30,8 +30,18 @@ class PackingError(ValueError):
     """A weight that cannot be packed, or tensors that are no packed weight."""
 
 
+class Prepared(NamedTuple):
+    """A packed weight laid out for csrc/cpu: panels of 64 rows, and for int8 128 times each row's sum of codes (N,)."""
+
+    panels: Tensor
+    offset: Tensor | None
+
+
 class PackedWeight(NamedTuple):
-    """A packed (N, K) matrix. `dynamic` asks for int8 activations too (W8A8), scaled row by row as they come."""
+    """A packed (N, K) matrix. `dynamic` asks for int8 activations too (W8A8), scaled row by row as they come.
+
+    `prepared` is what `prepare` adds on a CPU that has kernels of ours; it is no part of a file.
+    """
 
     data: Tensor
     scale: Tensor
@@ -40,10 +50,11 @@ class PackedWeight(NamedTuple):
     group: int
     shape: tuple[int, int]
     dynamic: bool = False
+    prepared: Prepared | None = None
 
     def to(self, device: torch.device | str) -> "PackedWeight":
         zero = None if self.zero is None else self.zero.to(device)
-        return self._replace(data=self.data.to(device), scale=self.scale.to(device), zero=zero)
+        return self._replace(data=self.data.to(device), scale=self.scale.to(device), zero=zero, prepared=None)
 
     @property
     def nbytes(self) -> int:

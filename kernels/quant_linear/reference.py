@@ -13,7 +13,15 @@ from miss.kernels.registry import accumulator
 
 
 def forward(
-    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, columns: int, group: int
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    group: int,
+    panels: Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
     acc = accumulator(x.dtype)
     y = x.to(acc) @ dequantise(data, scale, zero, columns, group, acc).T
@@ -40,7 +48,14 @@ def rescale(total: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, 
     return (y if bias is None else y + bias.to(acc)).to(dtype)
 
 
-def dynamic(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def dynamic(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
     codes, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
     # In float64 the sums are exact whatever the order (below 2**53), and CUDA has no product of int32 matrices.
     total = (codes.double() @ data.double().T).to(torch.int32)

@@ -13,7 +13,15 @@ from miss.kernels.registry import HALVES
 
 
 def forward(
-    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, columns: int, group: int
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    group: int,
+    panels: Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
     if data.dtype == torch.int8 and x.dtype not in HALVES:
         # The codes are exact as floats, so that scaling the outputs spares a pass over the weight.
@@ -37,7 +45,14 @@ def dynamic_limits(x: Tensor, data: Tensor, *_: object) -> str | None:
     return None
 
 
-def dynamic(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def dynamic(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
     codes, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
     num_rows = len(codes)
     if x.device.type == "cuda" and 0 < num_rows <= 16:  # torch._int_mm takes more than 16 rows there

@@ -57,8 +57,8 @@ class CompareArgs:
 
 def kernels(args: KernelArgs) -> int:
     from miss.benchmarks import record, report, suite
+    from miss.benchmarks.cases import Settings
     from miss.benchmarks.ceilings import Ceilings
-    from miss.benchmarks.harness import Settings
 
     device = _device(args)
     if args.out is not None:

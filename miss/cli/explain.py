@@ -22,7 +22,17 @@ from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, la
 from miss.kernels.linear import linear, prepare
 from miss.kernels.linear_top_k import linear_top_k, pack_head
 from miss.kernels.patch_embed import patch_embed
-from miss.kernels.quant_linear import pack_int4, pack_int8, quant_embedding, quant_linear
+from miss.kernels.quant_linear import (
+    PackedWeight,
+    pack_int4,
+    pack_int8,
+    quant_embedding,
+    quant_linear,
+    quant_linear_rows,
+    quant_linear_rows_quantised,
+    quantise_rows,
+)
+from miss.kernels.quant_linear import prepare as prepare_packed
 from miss.models.config import MissConfig, did_you_mean
 
 
@@ -110,6 +120,12 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
     def expand(x: Tensor, weight: Tensor) -> Tensor:
         return gelu_mlp(x, weight, s.leaf(inner), prepare(weight))
 
+    def int4() -> PackedWeight:
+        return prepare_packed(pack_int4(matrix(inner, width), search=False))
+
+    def int8(outputs: int) -> PackedWeight:
+        return prepare_packed(pack_int8(matrix(outputs, wide), dynamic=True))
+
     def kv_source() -> KV:
         return KV(s.heads_of(s.images, s.tokens), s.heads_of(s.images, s.tokens))
 
@@ -152,10 +168,15 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "linear_cross_entropy": lambda: linear_cross_entropy(
             s.leaf(s.rows * 5, width), s.leaf(vocabulary, width), s.leaf(vocabulary), labels(), 0.1
         ),
+        "quant_linear": lambda: quant_linear(s.leaf(*text), int4()),
+        "quant_linear_w8a8": lambda: quant_linear(s.leaf(*image), int8(inner)),
+        "quantise_rows": lambda: quantise_rows(s.leaf(*image)),
+        "quant_linear_rows": lambda: quant_linear_rows(quantise_rows(s.leaf(*image)), int8(wide), dtype=s.dtype),
+        "quant_linear_rows_quantised": lambda: quant_linear_rows_quantised(
+            quantise_rows(s.leaf(*image)), int8(inner), gelu=True
+        ),
         "linear_top_k": head,
         "linear_top_k_w8a8": packed_head,
-        "quant_linear": lambda: quant_linear(s.leaf(*text), pack_int4(matrix(inner, width), search=False)),
-        "quant_linear_w8a8": lambda: quant_linear(s.leaf(*image), pack_int8(matrix(inner, wide), dynamic=True)),
         "quant_embedding": lambda: quant_embedding(labels(), pack_int8(matrix(100, width)), s.dtype),
     }
 

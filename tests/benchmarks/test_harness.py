@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import pkgutil
 
 import pytest
 import torch
 from torch import Tensor
 
+import miss.kernels
 from miss.benchmarks import compare, harness, plots, record, report, suite
+from miss.benchmarks.cases import Case, Peer, Settings
 from miss.benchmarks.ceilings import Ceilings
-from miss.benchmarks.harness import Case, Peer, Settings, measure
+from miss.benchmarks.harness import measure
 from miss.benchmarks.inputs import int4_weight, int8_weight, normal
 from miss.benchmarks.shapes import Shapes
 from miss.kernels.layer_norm import layer_norm
@@ -129,6 +132,27 @@ def test_inputs_rotate_and_are_not_zeros(cache, small_cache):
     assert len({size for _, size in seen}) == wanted  # not the same numbers elsewhere
 
 
+def test_what_is_bound_once_is_not_timed_and_decides_who_fits(small_cache):
+    made = []
+
+    def bind(x, w, b):
+        made.append(x)
+        return lambda: layer_norm(x, w, b)
+
+    result = run(case(bind=bind, peers=()))
+    assert result.rows and len(made) == 1 + len(result.rows) * (2 + 2)  # who fits; two checked, two timed
+
+
+def test_a_peer_may_give_the_first_results_alone():
+    def first_of_two(x, w, b):
+        return plain(x, w, b)[:2]
+
+    both = case(call=lambda x, w, b: layer_norm(x, w, b).split([2, 3]), peers=(
+        Peer("first", bound(first_of_two), results=1), Peer("short", bound(first_of_two)),
+    ))  # fmt: skip
+    assert [r["implementation"] for r in run(both).refused] == ["short"]
+
+
 def test_inputs_of_zeros_are_an_error():
     def zeros(generator):
         return torch.zeros(5, 8), torch.ones(8), torch.ones(8)
@@ -153,10 +177,15 @@ def test_packed_weights_are_made_in_their_format(packed):
     assert 0.01 < unpack(weight).std() < 0.2
 
 
+def test_every_operation_has_a_benchmark():
+    every = {m.name for m in pkgutil.iter_modules(miss.kernels.__path__) if m.ispkg}
+    assert not every - set(suite.folders()), "write benchmarks/bench_<op>.py"
+
+
 def test_every_operation_of_the_suite_is_measured():
     """One linear of 3 rows, and the small model's shapes listed: unknown names are errors with the known ones."""
     cases = suite.select((), (), ("1,3,70,36",), CPU)
-    assert {"gelu_mlp", "quant_linear", "quant_linear_w8a8"} <= {c.op for c, _ in cases}
+    assert {"linear", "gelu_mlp", "quant_linear", "quant_linear_w8a8"} <= {c.op for c, _ in cases}
     for one, cache in cases:
         small = dataclasses.replace(one, caches=("warm",))
         result = run(small, "warm", repeats=1)

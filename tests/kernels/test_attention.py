@@ -1,5 +1,8 @@
 """Attention and packed attention: the error rule on odd shapes, what is visible, dropout, custom operators."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from miss.kernels import extension
 from miss.kernels.attention import attention, attention_probabilities, attention_varlen, op
 from miss.kernels.dropout import as_seed, keep_mask
 from tests.helpers import CPU_ROUTES, assert_as_good_as, check_error_rule, route
@@ -180,6 +184,120 @@ def test_invisible_keys_do_not_matter(way: str) -> None:
         before = attention(q, k, v, int32([4, 9]))
         k[0, 4:], v[0, 4:] = 1e4, -1e4
         assert torch.equal(before, attention(q, k, v, int32([4, 9])))
+
+
+def threads(count: int, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(before)
+
+
+def with_gradients(packed: Tensor, lengths: Tensor, causal: bool, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    leaf = packed.detach().requires_grad_()
+    out = attention(*leaf.unbind(2), lengths, causal, None, dropout_p, SEED)
+    return out.detach(), torch.autograd.grad(out, leaf, packed[:, :, 0])[0]
+
+
+@pytest.mark.skipif(not CPU_ROUTES, reason=str(extension.missing()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "width"), [(1, 64), (20, 32), (203, 32), (257, 64)])
+def test_bitwise_the_same_in_any_batch_and_with_any_threads(
+    length: int, width: int, causal: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    packed = torch.randn(4, length, 3, 3, width, dtype=dtype)
+    lengths = int32([length, max(1, length // 3), 1, length])
+    with route("cpu", op.FORWARD):
+        together = threads(1, lambda: with_gradients(packed, lengths, causal, P))
+        for count in (2, 3):
+            for got, wanted in zip(
+                threads(count, lambda: with_gradients(packed, lengths, causal, P)), together, strict=True
+            ):
+                assert torch.equal(got, wanted)
+        together = with_gradients(packed, lengths, causal)  # dropout's mask knows a row's place in the batch
+        for row in range(4):
+            one = slice(row, row + 1)
+            for got, wanted in zip(with_gradients(packed[one], lengths[one], causal), together, strict=True):
+                assert torch.equal(got, wanted[one])
+
+
+@pytest.mark.skipif(not CPU_ROUTES, reason=str(extension.missing()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unaligned_addresses_and_more_keys_than_a_block(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    flat = torch.randn(1 + 1201 * 2 * 32 * 3, dtype=dtype)
+    q, k, v = flat[1:].view(3, 1, 1201, 2, 32)
+    with route("cpu", op.FORWARD):
+        got = attention(q, k, v, int32([1150]), True)
+    low, exact = (plain(q.to(t), k.to(t), v.to(t), int32([1150]), True, 0.0) for t in (dtype, torch.float64))
+    assert_as_good_as(got, low, exact)
+
+
+@pytest.mark.skipif(not CPU_ROUTES, reason=str(extension.missing()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_nan_and_infinity(queries: int, dtype: torch.dtype) -> None:
+    inf, nan = float("inf"), float("nan")
+    q, k, v = torch.ones(5, queries, 2, 32, dtype=dtype), torch.ones(5, 9, 2, 32, dtype=dtype), torch.ones(5, 9, 2, 32)
+    v = v.to(dtype)
+    k[0, 3, 0, 5] = nan  # a key of head 0: NaN for all its queries, head 1 untouched
+    k[1, 3, 0, 5] = -inf  # a key of weight 0
+    k[2, 3, 0, 5] = inf  # NaN, as inf - inf is
+    k[3, :, 0, 5] = -inf  # nothing but -inf: NaN, as torch.softmax gives
+    q[4, -1, 0, 5] = nan  # that query alone
+    with route("cpu", op.FORWARD):
+        out = attention(q, k, v)
+    expected = torch.ones_like(out)
+    expected[0, :, 0] = expected[2, :, 0] = expected[3, :, 0] = expected[4, -1, 0] = nan
+    assert_close(out, expected, equal_nan=True, atol=1e-2, rtol=0)
+
+
+_EVERY_ISA = """
+import torch
+from miss.kernels.attention import attention
+from miss.kernels.cross_attention import KV, Tokens, cross_attention
+from miss.kernels.decode_attention import decode_attention
+from miss.kernels.registry import use
+
+def both(function, *tensors):
+    results = []
+    for way in ("cpu", "reference"):
+        with use(attention=way, cross_attention=way, cross_attention_tokens=way, decode_attention=way):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            out = function(*leaves)
+            grads = torch.autograd.grad(out, leaves, torch.ones_like(out)) if out.requires_grad else ()
+            results.append((out, *grads))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
+
+torch.manual_seed(0)
+index, lengths = torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([67, 30], dtype=torch.int32)
+for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 4e-2)):
+    for width in (32, 64):
+        x = torch.randn(2, 67, 3, 2, width).to(dtype)
+        both(lambda x: attention(*x.unbind(2), lengths, True, None, 0.2, 5), x)
+        for tokens in (1, 7):
+            q, kv = torch.randn(3, tokens, 5, width).to(dtype), torch.randn(2, 67, 2, 5, width).to(dtype)
+            both(lambda q, kv: cross_attention(q, KV(*kv.unbind(2)), index, lengths), q, kv)
+        w = (torch.randn(2, 5 * width, 64) / 8).to(dtype)
+        with torch.no_grad():
+            rows = x[:, :, 0, :, :32].flatten(2)
+            both(lambda q, x, w: cross_attention(q, Tokens(x, w[0], w[1], None), index, lengths), q, rows, w)
+            both(lambda q, kv: decode_attention(q[:, 0], *kv.unbind(2), index, lengths[index.long()]), q, kv)
+"""
+
+
+@pytest.mark.skipif(not CPU_ROUTES, reason=str(extension.missing()))
+@pytest.mark.parametrize("isa", ["avx2", "avx512f"])
+def test_every_instruction_set(isa: str) -> None:
+    if isa not in extension.report().supported:
+        pytest.skip(f"this processor has no {isa}")
+    environment = {**os.environ, "MISS_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", _EVERY_ISA], env=environment, check=True)
 
 
 def test_dropout_is_decided_by_its_seed() -> None:

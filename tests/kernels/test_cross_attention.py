@@ -19,6 +19,7 @@ from tests.helpers import CPU_ROUTES, assert_as_good_as, check_error_rule, route
 OTHER_ROUTES = ["torch", "reference", "custom"]
 ROUTES = [*CPU_ROUTES, *OTHER_ROUTES]
 SEED, P = 23, 0.3
+CHANNELS = 64  # what the CPU kernels take a multiple of
 PATTERNS = {
     "one-each": [1, 1, 1],
     "even": [2, 2, 2],
@@ -72,8 +73,7 @@ def plain_tokens(
 
 @contextmanager
 def both(way: str) -> Iterator[None]:
-    tokens = "custom" if way == "cpu" and "cpu" not in op.TOKENS_FORWARD.names else way
-    with route(way, op.FORWARD), route(tokens, op.TOKENS_FORWARD):
+    with route(way, op.FORWARD), route(way, op.TOKENS_FORWARD):
         yield
 
 
@@ -108,7 +108,7 @@ def tokens_case(
     counts: list[int], shape: tuple[int, int, int, int], lengths: Tensor | None, dropout_p: float, bias: bool = True
 ) -> Case:
     queries, keys, heads, width = shape
-    channels, inner = 40, heads * width
+    channels, inner = CHANNELS, heads * width
     index = index_of(counts)
 
     def ours(q: Tensor, x: Tensor, w_k: Tensor, w_v: Tensor, b_v: Tensor | None = None) -> Tensor:
@@ -133,6 +133,8 @@ def test_error_rule(form: str, pattern: str, way: str, dtype: torch.dtype) -> No
     counts = PATTERNS[pattern]
     lengths = int32([13, 5, 0, 1, 7][: len(counts)])
     for valid, dropout_p, worth in ((None, 0.0, 0.0), (lengths, 0.0, 1e18), (lengths, P, 0.0), (None, P, 1e18)):
+        if way == "cpu" and form == "tokens" and dropout_p:
+            continue  # refused
         torch.manual_seed(0)
         ours, textbook, inputs = CASES[form](counts, (7, 13, 2, 32), valid, dropout_p)
         with both(way), loop_worth(worth):
@@ -150,15 +152,22 @@ def test_error_rule_at_image_lengths(form: str, keys: int, dtype: torch.dtype) -
         ours, textbook, inputs = CASES[form](counts, (5, keys, 1, width), None, 0.0)
         with both(way):
             # Over one key the gradients of q and w_k are 0, exactly so in plain PyTorch, to rounding when absorbed.
-            check_error_rule(ours, textbook, inputs, dtype, floor=5e-6 if keys == 1 else 1e-6)
+            check_error_rule(ours, textbook, inputs, dtype, slack=2.5, floor=5e-6 if keys == 1 else 1e-6)
 
 
 @pytest.mark.parametrize("way", ROUTES)
 def test_tokens_without_a_bias(way: str) -> None:
     torch.manual_seed(0)
-    for dropout_p in (0.0, P):
+    for dropout_p in (0.0,) if way == "cpu" else (0.0, P):
         with both(way):
             check_error_rule(*tokens_case([2, 1], (3, 9, 2, 32), int32([4, 9]), dropout_p, bias=False), torch.float32)
+
+
+def test_tokens_of_any_width() -> None:
+    torch.manual_seed(0)
+    ours, textbook, (q, x, w_k, w_v, b_v) = tokens_case([2, 1], (3, 9, 2, 32), int32([4, 9]), 0.0)
+    with route("torch", op.TOKENS_FORWARD):
+        check_error_rule(ours, textbook, [q, x[..., :40], w_k[:, :40], w_v[:, :40], b_v], torch.float32)
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,7 +181,8 @@ def test_any_groups_and_lengths(data: st.DataObject) -> None:
     form, way = data.draw(st.sampled_from(list(CASES))), data.draw(st.sampled_from(ROUTES))
     width = data.draw(st.sampled_from([32, 64] if way == "cpu" else [32, 64, 5]))
     shape = (data.draw(st.integers(1, 9)), keys, data.draw(st.integers(1, 3)), width)
-    dropout_p, worth = data.draw(st.sampled_from([0.0, P])), data.draw(st.sampled_from([0.0, 1e5, 1e18]))
+    dropped = [0.0] if way == "cpu" and form == "tokens" else [0.0, P]
+    dropout_p, worth = data.draw(st.sampled_from(dropped)), data.draw(st.sampled_from([0.0, 1e5, 1e18]))
     torch.manual_seed(0)
     ours, textbook, inputs = CASES[form](counts, shape, valid, dropout_p)
     with both(way), loop_worth(worth):
@@ -239,6 +249,34 @@ def test_a_row_does_not_depend_on_its_batch(form: str, way: str) -> None:
                 one = slice(image, image + 1)
                 alone = run(q[row : row + 1], source[one], int32([0]), lengths[one])
                 assert_close(together[row], alone[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(not CPU_ROUTES, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("form", CASES)
+def test_bitwise_the_same_whatever_rows_share_an_image(form: str, queries: int, dtype: torch.dtype) -> None:
+    counts = [1, 20, 0, 2]
+    torch.manual_seed(0)
+    index, lengths = index_of(counts), int32([71, 33, 8, 71])
+    _, _, inputs = CASES[form](counts, (queries, 71, 3, 32), None, 0.0)
+    q, source, *weights = (t.to(dtype) for t in inputs)
+
+    def run(q: Tensor, images: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
+        made = KV(images[:, :, 1], images[:, :, 2]) if form == "kv" else Tokens(images, *weights)
+        return cross_attention(q, made, index, lengths)
+
+    before = torch.get_num_threads()
+    with both("cpu"):
+        together = run(q, source, index, lengths)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = run(q, source, index, lengths)
+            torch.set_num_threads(before)
+            assert torch.equal(again, together)
+        for row, image in enumerate(index.tolist()):
+            one = slice(image, image + 1)
+            assert torch.equal(run(q[row : row + 1], source[one], int32([0]), lengths[one])[0], together[row])
 
 
 @pytest.mark.parametrize("form", CASES)

@@ -95,6 +95,27 @@ def test_a_row_does_not_depend_on_its_batch(way: str) -> None:
             assert_close(together[one], alone, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.skipif(not CPU_ROUTES, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "width"), [(12, 32), (12, 64), (7, 64), (5, 32)])
+def test_bitwise_the_same_in_any_batch_and_with_any_threads(heads: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, cache = torch.randn(5, heads, width).to(dtype), torch.randn(2, 5, 70, heads, width).to(dtype)
+    slots, lengths = int32([4, 1, 4, 2, 3]), int32([70, 2, 9, 0, 33])
+    before = torch.get_num_threads()
+    with route("cpu", op.FORWARD):
+        together = decode_attention(q, cache[0], cache[1], slots, lengths)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = decode_attention(q, cache[0], cache[1], slots, lengths)
+            torch.set_num_threads(before)
+            assert torch.equal(again, together)
+        for row in range(5):
+            one = slice(row, row + 1)
+            assert torch.equal(decode_attention(q[one], cache[0], cache[1], slots[one], lengths[one]), together[one])
+    check("cpu", dtype, [3, 1, 3], [70, 1, 64], (5, 70, heads, width), slack=3.0)
+
+
 def test_steps_equal_causal_attention() -> None:
     q, k, v = torch.randn(2, 6, 3, 2, 32).unbind(2)
     expected = attention(q, k, v, causal=True)

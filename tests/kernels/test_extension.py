@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -225,3 +226,19 @@ def test_without_a_compiler(tree, value, code, says):
     assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") == 1 and says in done.stderr
     assert not list(tree.rglob("*.so"))
+
+
+@x86
+@pytest.mark.parametrize("age", [-10, 10])
+def test_a_library_of_older_sources_does_not_outlive_a_failed_build(tree, age):
+    pytest.importorskip("pybind11", reason="where pybind11 is missing, nothing is tried")
+    name = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+    library = tree / "out" / "miss" / "kernels" / name
+    library.parent.mkdir(parents=True, exist_ok=True)
+    library.touch()
+    changed = max(p.stat().st_mtime for p in (tree / "csrc").rglob("*"))
+    changed = max(changed, (tree / "setup.py").stat().st_mtime)
+    os.utime(library, (changed + age, changed + age))
+    assert build(tree, None).returncode == 0
+    assert library.exists() == (age > 0)
+    library.unlink(missing_ok=True)

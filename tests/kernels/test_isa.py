@@ -30,7 +30,7 @@ def shapes(dtype: torch.dtype, head: int) -> explain.Shapes:
         vision=SimpleNamespace(hidden_size=3 * head, num_heads=3, intermediate_size=197, patch_size=7),
         encoder=SimpleNamespace(hidden_size=2 * head, num_heads=2),
         decoder=SimpleNamespace(vocab_size=391),
-        preprocess=SimpleNamespace(image_size=35),
+        preprocess=SimpleNamespace(image_size=42),
     )
     return explain.Shapes(sizes, dtype, torch.device("cpu"))  # type: ignore[arg-type]
 

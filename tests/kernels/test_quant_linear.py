@@ -7,16 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from miss.kernels.quant_linear import op, pack_int4, pack_int8, quant_embedding, quant_linear, unpack
+from miss.kernels.quant_linear import op, pack_int4, prepare, quant_embedding, quant_linear, unpack
+from miss.kernels.quant_linear import pack_int8 as pack_only
 from miss.kernels.registry import use
-from tests.helpers import assert_as_good_as, check_error_rule, route
+from tests.helpers import CPU_ROUTES, assert_as_good_as, check_error_rule, route, threads
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROUTES = ["torch", "reference", "custom"]
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def pack_int8(w, dynamic=False):
+    return prepare(pack_only(w, dynamic))
+
+
 PACKS = {
     "int8": pack_int8,
-    "int4": lambda w: pack_int4(w, 32, search=False),
-    "int4-zero": lambda w: pack_int4(w, 64, symmetric=False, search=False),
+    "int4": lambda w: prepare(pack_int4(w, 32, search=False)),
+    "int4-wide": lambda w: prepare(pack_int4(w, 128, search=False)),
+    "int4-zero": lambda w: prepare(pack_int4(w, 64, symmetric=False, search=False)),
 }
 SHAPES = [((2, 37), 70, 31), ((1,), 64, 96), ((), 13, 5), ((0, 3), 33, 8), ((19,), 1, 1)]
 
@@ -28,11 +37,13 @@ def tensors(rows, columns, outputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize("name", [*CPU_ROUTES, *ROUTES])
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_rule(shape, pack, name, dtype):
     """Plain PyTorch is a linear over the unpacked matrix; the gradients are those of x and bias."""
+    if name == "cpu" and dtype not in CPU_DTYPES:
+        pytest.skip("float32 and bfloat16 alone")
     x, w, b = tensors(*shape)
     packed = PACKS[pack](w)
     with route(name, op.FORWARD):
@@ -51,7 +62,7 @@ def test_any_size(rows, columns, outputs, pack):
     x, w, _ = tensors((rows,), columns, outputs)
     packed = PACKS[pack](w)
     plain, exact = (F.linear(x.to(d), unpack(packed, d)) for d in (torch.float32, torch.float64))
-    for name in ("torch", "reference"):
+    for name in (*CPU_ROUTES, "torch", "reference"):
         with route(name, op.FORWARD):
             assert_as_good_as(quant_linear(x, packed), plain, exact, slack=3)
 
@@ -83,7 +94,7 @@ def test_w8a8_equals_numpy(rows, columns, outputs, scale):
 
 def test_w8a8_over_one_column_is_left_to_the_reference():
     packed = pack_int8(torch.ones(2, 1), dynamic=True)
-    args = (torch.zeros(1, 1), packed.data, packed.scale, None)
+    args = (torch.zeros(1, 1), packed.data, packed.scale, None, None, None)
     assert op.DYNAMIC.select(*args).name == "reference" and "one column" in op.DYNAMIC.explain(*args)
 
 
@@ -92,7 +103,7 @@ def test_w8a8_sums_are_exact_where_float32_ones_are_not():
     x, w = torch.ones(3, 4096), torch.ones(2, 4096)
     w[1, 0] = -1 / 127
     packed = pack_int8(w, dynamic=True)
-    for name in ("torch", "reference"):
+    for name in (*CPU_ROUTES, "torch", "reference"):
         with route(name, op.DYNAMIC):
             got = quant_linear(x, packed)
         assert torch.equal(got, numpy_w8a8(x, packed, None))
@@ -169,17 +180,17 @@ def test_opcheck():
     x, w, b = tensors((3, 4), 33, 6)
     checks = ("test_schema", "test_faketensor")
     packed = PACKS["int4-zero"](w)
-    parts = (packed.data, packed.scale, packed.zero)
-    torch.library.opcheck(op._forward, (x.requires_grad_(), *parts, b.requires_grad_(), 33, 64))
+    parts, prepared = (packed.data, packed.scale, packed.zero), packed.prepared or (None, None)
+    torch.library.opcheck(op._forward, (x.requires_grad_(), *parts, b.requires_grad_(), 33, 64, *prepared))
     eight = pack_int8(w)
-    torch.library.opcheck(op._dynamic, (x, eight.data, eight.scale, b))
+    torch.library.opcheck(op._dynamic, (x, eight.data, eight.scale, b, *(eight.prepared or (None, None))))
     ids = torch.tensor([[1, 2], [5, 0]])
     for name in ROUTES[:2]:
         with route(name, op.FORWARD), route(name, op.DYNAMIC), route(name, op.EMBEDDING):
             for dtype in DTYPES:
                 x, b = x.detach().to(dtype), b.detach().to(dtype)
-                torch.library.opcheck(op._forward, (x, *parts, None, 33, 64), test_utils=checks)
-                torch.library.opcheck(op._dynamic, (x, eight.data, eight.scale, b), test_utils=checks)
+                torch.library.opcheck(op._forward, (x, *parts, None, 33, 64, None, None), test_utils=checks)
+                torch.library.opcheck(op._dynamic, (x, eight.data, eight.scale, b, None, None), test_utils=checks)
                 dy = torch.randn(3, 4, 6, dtype=dtype)
                 torch.library.opcheck(op._backward, (dy, *parts, 33, 64), test_utils=checks)
                 args = (packed.scale, packed.data, packed.zero, ids, 33, 64, dtype)
@@ -198,3 +209,28 @@ def test_compiles_without_a_break():
     got, wanted = compiled(x, ids), function(x, ids)
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(wanted, x))
+
+
+@pytest.mark.skipif(not CPU_ROUTES, reason="the CPU kernels do not run here")
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("pack", [*PACKS, "w8a8"])
+def test_bitwise_for_any_threads_and_batch(pack, dtype):
+    """Few rows are decoded in registers, more in scratch: a row's result is the same."""
+    x, w, b = (t.to(dtype) for t in tensors((61,), 583, 203))
+    packed = pack_int8(w.float(), dynamic=True) if pack == "w8a8" else PACKS[pack](w.float())
+    with torch.no_grad(), route("cpu", op.FORWARD), route("cpu", op.DYNAMIC):
+        with threads(1):
+            alone = torch.cat([quant_linear(row[None], packed, b) for row in x])
+        for count in (1, 2, 3):
+            with threads(count):
+                for rows in (1, 2, 3, 4, 5, 7, 61):
+                    assert torch.equal(quant_linear(x[:rows], packed, b), alone[:rows]), (count, rows)
+
+
+@pytest.mark.skipif(not CPU_ROUTES, reason="the CPU kernels do not run here")
+def test_a_row_of_nan_is_nan():
+    x, w, _ = tensors((4,), 70, 31)
+    x[1, 5], x[2, 6] = torch.nan, torch.inf
+    with torch.no_grad(), route("cpu", op.DYNAMIC):
+        y = quant_linear(x, pack_int8(w, dynamic=True))
+    assert y[1].isnan().all() and y[2].isnan().all() and y[[0, 3]].isfinite().all()

@@ -1,0 +1,100 @@
+"""Whether an answer is right: every implementation of a case against its float64 truth, before anything is timed.
+
+Knows the registry's reference; does not know clocks.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miss.benchmarks.cases import Bound, Case
+from miss.kernels import registry
+
+Checked = tuple[tuple[Any, ...], list[Tensor]]  # a set of inputs, its results in float64
+_COSTLY = 2e9  # FLOPs beyond which one set is checked, not two: the float64 reference has 100 GFLOP/s at best
+
+
+@dataclass
+class Runner:
+    """One that takes part in a case."""
+
+    name: str
+    ours: bool
+    chosen: bool
+    bind: Callable[..., Bound]
+    choice: dict[str, str]
+    tolerance: float
+    results: int | None = None
+    error: float = math.nan
+    error_absolute: float = math.nan
+    calls: int = 1
+    warms: bool = True  # whether a call that is not timed comes before each sample
+    bound: list[Bound] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a nest of tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(v, change) for v in value))
+    return type(value)(mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t.clone()
+
+
+def truths_of(case: Case, sets: list[tuple[Any, ...]]) -> list[Checked]:
+    """The first and the last set, or the last alone where the truth is costly, with their results in float64."""
+    chosen = sets[-1:] if case.flops > _COSTLY else [sets[0], sets[-1]]
+    with registry.use(**{case.op: "reference"}):
+        return [
+            (one, [t.double() for t in tensors((case.truth or case.call)(*mapped(one, _double)))]) for one in chosen
+        ]
+
+
+def check(runner: Runner, truths: list[Checked]) -> str | None:
+    """Computes those sets; why the answer is refused, None where it is right."""
+    runner.error = runner.error_absolute = 0.0
+    for inputs, wanted in truths:
+        try:
+            with registry.use(**runner.choice):
+                got = list(tensors(runner.bind(*mapped(inputs, torch.clone))()))
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if len(got) < len(wanted[: runner.results]):
+            return f"{len(got)} results; wanted {len(wanted)}"
+        for g, w in zip(got, wanted, strict=False):
+            if reason := _compare(runner, g, w):
+                return reason
+    return None
+
+
+def _compare(runner: Runner, got: Tensor, wanted: Tensor) -> str | None:
+    """Keeps the largest error."""
+    if got.shape != wanted.shape:
+        return f"shape {tuple(got.shape)}; wanted {tuple(wanted.shape)}"
+    if wanted.numel() == 0:
+        return None
+    absolute = (got.double() - wanted).abs().max().item()
+    relative = absolute / max(wanted.abs().max().item(), 1e-30)
+    if not relative <= runner.tolerance:  # NaN is refused too
+        return f"wrong: error {relative:.2e} of the truth's largest value, allowed are {runner.tolerance:.0e}"
+    runner.error, runner.error_absolute = max(runner.error, relative), max(runner.error_absolute, absolute)
+    return None
