@@ -17,7 +17,7 @@ from miss.kernels.layer_norm import (
     quantised,
 )
 from miss.kernels.layer_norm.quantised import ADD_QUANTISED, QUANTISED
-from miss.kernels.quant_linear import QuantRows, dequantise_rows, quantise_rows
+from miss.kernels.quant_linear.packing import QuantRows, dequantise_rows, quantise_rows
 from miss.kernels.registry import use
 from tests.helpers import assert_as_good_as, check_error_rule, route, threads, unaligned
 
