@@ -36,8 +36,8 @@ struct Largest {
 
 // scale = largest / 127 (1 for a row of zeros), codes = round(x / scale) + 128, ties to even. A row with NaN or infinity
 // has scale NaN and codes 128, so that its product is NaN. `largest` is as Largest gives it.
-// x / scale is the reciprocal's product and one correction, which rounds as a division does at a third of its cost. The
-// sum with 1.5 * 2 ** 23 + 128 has the code in its lowest byte: such floats are whole, and sums round to even.
+// The sum with 1.5 * 2 ** 23 + 128 has the code in its lowest byte: such floats are whole, and sums round to even. (The
+// reciprocal's product with a correction, instead of the division, takes as long: 99 ns a row of 768, in L2.)
 template <class T>
 inline float to_codes(const T* row, int64_t width, float largest, uint8_t* codes) {
   if (!(largest <= 3.4028234664e38f)) {
@@ -46,12 +46,9 @@ inline float to_codes(const T* row, int64_t width, float largest, uint8_t* codes
   }
   float scale = largest > 0.0f ? largest / 127.0f : 1.0f;
   if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
-  const vf step = set1(scale), inverse = set1(1.0f / scale), shift = set1(12583040.0f);
+  const vf step = set1(scale), shift = set1(12583040.0f);
   spans(width, [&](int64_t i, auto span) {
-    vf x = get(row + i, span);
-    vf q = mul(x, inverse);
-    vf code = add(fma(fnma(q, step, x), inverse, q), shift);
-    put_byte(codes + i, as_ints(code), span);
+    put_byte(codes + i, as_ints(add(div(get(row + i, span), step), shift)), span);
   });
   return scale;
 }

@@ -10,18 +10,25 @@ from torch.nn import functional as F
 from miss.kernels.quant_linear import torch_impl as quant_linear
 from miss.kernels.registry import accumulator
 
+_MOST_PASSES = 32  # three times argmax over 64 rows of 30,524 logits: in a call of 20 ms; a stable sort: in one of 253
+
 
 def _best(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.topk promises no order of equal values; argmax gives the first. Ties beyond it are put right."""
+    """argmax gives the first of equal values, torch.topk any of them (bfloat16 logits have many)."""
     lse = torch.logsumexp(z, -1)
-    if k == 1:
-        indices = z.argmax(-1, keepdim=True)
-        return z.gather(-1, indices), indices, lse
-    values, indices = torch.topk(z, k, -1)
-    equal = (z >= values[:, -1:]).sum(-1) > k  # more share the last value than there was room for
-    if equal.any() or (values[:, 1:] == values[:, :-1]).any():
-        values, indices = (t[:, :k].contiguous() for t in torch.sort(z, dim=-1, descending=True, stable=True))
-    return values, indices, lse
+    if k <= _MOST_PASSES:
+        left = z.clone() if k > 1 else z
+        found: list[Tensor] = []
+        for i in range(k):
+            if i:
+                left.scatter_(-1, found[-1], -torch.inf)
+            found.append(left.argmax(-1, keepdim=True))
+        indices = torch.cat(found, -1)
+        values = z.gather(-1, indices)
+        if not (values == -torch.inf).any():  # else what was taken is found again
+            return values, indices, lse
+    values, indices = torch.sort(z, dim=-1, descending=True, stable=True)
+    return values[:, :k].contiguous(), indices[:, :k].contiguous(), lse
 
 
 def forward(

@@ -17,7 +17,7 @@ from miss.kernels.layer_norm import (
     quantised,
 )
 from miss.kernels.layer_norm.quantised import ADD_QUANTISED, QUANTISED
-from miss.kernels.quant_linear import QuantRows, dequantise_rows, quantise_rows
+from miss.kernels.quant_linear.packing import QuantRows, dequantise_rows, quantise_rows
 from miss.kernels.registry import use
 from tests.helpers import assert_as_good_as, check_error_rule, route, threads, unaligned
 
@@ -304,7 +304,7 @@ def test_quantised(shape, way, dtype):
 
 
 def test_quantised_codes_are_those_of_the_definition():
-    """The kernel divides by a reciprocal with a correction; ties and the ends of the range must come out as divided."""
+    """Bit for bit, the ends of the range included."""
     torch.manual_seed(0)
     x, (w, b) = torch.randn(300, 100), parameters(100)
     with route("cpu", QUANTISED), route("cpu", op.FORWARD):

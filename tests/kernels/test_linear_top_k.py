@@ -151,7 +151,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_what_the_cpu_row_refuses_and_packs():
-    hidden, weight, bias = tensors(70, 130, 8)
+    hidden, weight, bias = tensors(op.ROWS_WORTH_PACKING, 130, 8)
     if reason := extension.missing():
         pytest.skip(reason)
     for args, says in (((hidden[:2], weight, bias, 2), "panels"), ((hidden, weight, bias, 17), "up to 16")):
