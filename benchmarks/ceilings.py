@@ -24,6 +24,7 @@ KINDS = ("fp32", "bf16", "int8")  # fp16 too on cuda
 _TURNS = 400_000  # 1.5 to 3 ms of the loops in csrc/cpu/ceilings.inl.h
 _BUFFER = 256 << 20  # eight times the 32 MB of L3 that this code was written on: what is read is never still there
 _PIECE = 64 << 20
+_SETTLING = 0.3  # seconds
 _BURST = 5e-4  # seconds that reading from a cache is repeated for
 _SIDE = {"cpu": 1024, "cuda": 8192}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,12 +128,21 @@ class Ceilings:
         found: dict[str, Any] = {"source": self.source}
         threads = torch.get_num_threads()
         for count in sorted({1, threads}) if self.device.type == "cpu" else [threads]:
-            torch.set_num_threads(count)
+            self._set_threads(count)
             try:
                 found[f"threads_{count}" if self.device.type == "cpu" else "device"] = self._all(repeats)
             finally:
-                torch.set_num_threads(threads)
+                self._set_threads(threads)
         return found
+
+    def _set_threads(self, count: int) -> None:
+        """New threads may share one core for their first 0.1 s (half the rate on two): they are given time to part."""
+        if count == torch.get_num_threads():
+            return
+        torch.set_num_threads(count)
+        end = time.perf_counter() + _SETTLING
+        while time.perf_counter() < end:
+            self.rate("fp32")
 
     def _all(self, repeats: int) -> dict[str, Any]:
         bursts = {f"{kind}_gflops": functools.partial(self.rate, kind) for kind in self.kinds}

@@ -7,14 +7,15 @@ Shapes: R rows, T answer length, Q questions, C width, V vocabulary.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from miss.kernels.cross_attention import KV
+from miss.kernels.linear import linear
+from miss.kernels.linear_top_k import linear_top_k
 from miss.models.cache import KVCache
 from miss.models.config import TextConfig
 from miss.models.cross_kv import CrossKV
 from miss.models.layers import LayerNorm, TextEmbeddings, TextLayer, mix
-from miss.models.linear import Linear
+from miss.models.linear import Linear, Panels
 from miss.models.packing import Packing
 
 
@@ -34,6 +35,8 @@ class LanguageModelHead(nn.Module):
 
 class AnswerDecoder(nn.Module):
     """The JTM's stack made causal; its cross-attention reads the states of the question, never the image."""
+
+    _vocabulary: Panels | None = None
 
     def __init__(self, config: TextConfig, embeddings: TextEmbeddings | None = None) -> None:
         super().__init__()
@@ -63,8 +66,21 @@ class AnswerDecoder(nn.Module):
             x = layer(x, lengths, question_kv[i], question_index, question_lengths, True, mix(seed, i), packing)
         return x if packing is None else packing.unpack(x)
 
-    def step(self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, question_index: Tensor) -> Tensor:
-        """Logits (R, V) after one more token a row.
+    def prepare(self) -> None:
+        """For inference: lays the vocabulary's matrix out once instead of at every step."""
+        self._vocabulary = Panels(self.embeddings.word.weight)
+
+    def step(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        positions: Tensor,
+        question_index: Tensor,
+        num_best: int,
+    ) -> tuple[Tensor, Tensor]:
+        """One more token a row -> the best next tokens: log-probabilities (R, num_best), float32 (float64 in float64),
+        descending, under the full vocabulary's softmax; ids int64 (R, num_best).
 
         Args:
             tokens: int64 (R,), written to the cache.
@@ -78,8 +94,11 @@ class AnswerDecoder(nn.Module):
             x = layer.step(
                 x, cache.layer(i), slots, positions, cache.question(i), question_index, cache.question_lengths
             )
-        return self.logits(x)
+        table = self.embeddings.word.weight
+        panels = None if self._vocabulary is None else self._vocabulary.of(table)
+        logits, ids, total = linear_top_k(self.head(x), table, self.head.bias, num_best, panels)
+        return logits - total[:, None], ids
 
     def logits(self, x: Tensor) -> Tensor:
         """States (…, C) to logits (…, V)."""
-        return F.linear(self.head(x), self.embeddings.word.weight, self.head.bias)
+        return linear(self.head(x), self.embeddings.word.weight, self.head.bias)

@@ -5,16 +5,18 @@ Knows the architecture of a layer; does not know which implementation of an oper
 Shapes: B batch (images or text rows), T text, N patches or keys, H heads, D head width, C width, L cache length.
 """
 
+import torch
 from torch import Tensor, nn
 
 from miss.kernels.attention import attention, attention_varlen
 from miss.kernels.cross_attention import KV, cross_attention
 from miss.kernels.decode_attention import decode_attention
 from miss.kernels.kv_cache import kv_append
-from miss.kernels.layer_norm import add_layer_norm, layer_norm
+from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
+from miss.kernels.quant_linear import QuantRows
 from miss.models.cache import LayerCache
 from miss.models.config import TextConfig
-from miss.models.linear import Linear
+from miss.models.linear import Linear, QuantLinear
 from miss.models.packing import Packing
 
 
@@ -45,17 +47,34 @@ class LayerNorm(nn.Module):
         p = dropout if seed is not None else 0.0
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps, p, seed)
 
+    def feed(self, x: Tensor, linear: Linear | QuantLinear) -> Tensor | QuantRows:
+        """The norm of x as `linear` takes it: as int8 codes where it has int8 activations."""
+        if linear.takes_codes and not _needs_gradient(x):
+            return layer_norm_quantised(x, self.weight, self.bias, self.eps)
+        return self(x)
+
+    def add_feed(self, x: Tensor, residual: Tensor, linear: Linear | QuantLinear) -> tuple[Tensor | QuantRows, Tensor]:
+        """(the norm of the sum as `linear` takes it, the sum) with sum = residual + x."""
+        if not linear.takes_codes or _needs_gradient(x, residual):
+            return self.add(x, residual)
+        rows, _, summed = add_layer_norm_quantised(x, residual, self.weight, self.bias, self.eps, keep_y=False)
+        return rows, summed
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Linear, exact GELU, linear, and what is added to it."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.input = Linear(width, inner)
         self.output = Linear(inner, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.input.gelu(x))
+    def forward(self, x: Tensor | QuantRows, residual: Tensor | None = None) -> Tensor:
+        return self.output(self.input.gelu(x, self.output), residual)
 
 
 class TextMlp(Mlp):
@@ -75,7 +94,7 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.output = Linear(width, width)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor | QuantRows) -> tuple[Tensor, Tensor, Tensor]:
         """x (…, C) -> q, k, v (…, H, D), views of one product."""
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = heads.unbind(-3)
@@ -83,7 +102,7 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | QuantRows,
         lengths: Tensor | None = None,
         causal: bool = False,
         dropout: float = 0.0,

@@ -11,38 +11,58 @@ from torch.nn import functional as F
 
 from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.linear import linear, prepare
-from miss.kernels.quant_linear import PackedWeight, quant_linear
+from miss.kernels.quant_linear import (
+    PackedWeight,
+    QuantRows,
+    quant_linear,
+    quant_linear_rows,
+    quant_linear_rows_quantised,
+    quantise_rows,
+)
+from miss.kernels.quant_linear import prepare as prepare_packed
+
+
+class Panels:
+    """A weight laid out for the kernels that want it so, in memory of its own, for as long as it stays what it was: it
+    is not read any more once the weight moves or changes in place. Only a change through `.data` goes unseen."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._panels = prepare(weight)
+        self._of = self._state(weight)
+
+    @staticmethod
+    def _state(weight: Tensor) -> tuple[int, int]:
+        return weight.data_ptr(), weight._version
+
+    def of(self, weight: Tensor) -> Tensor | None:
+        """The panels; None where no kernel wants any, the weight has changed, or a graph is traced."""
+        if self._panels is None or torch.compiler.is_compiling():
+            return None
+        if self._state(weight) != self._of:
+            self._panels = None
+        return self._panels
 
 
 class Linear(nn.Linear):
     """`y = x W^T + b` with x (…, in_features) and y (…, out_features) in x's dtype."""
 
-    _prepared: tuple[Tensor, int, int] | None = (
-        None  # panels, and the address and version of the weight that they are of
-    )
+    takes_codes = False  # whether x may, and should, come as int8 codes
+    _panels: Panels | None = None
 
     def prepare(self) -> None:
-        """Lays the weight out for the kernels that want it so, in memory of its own. It is not read any more once the
-        weight moves or changes in place; only a change through `.data` goes unseen."""
-        panels = prepare(self.weight)
-        self._prepared = None if panels is None else (panels, self.weight.data_ptr(), self.weight._version)
+        """For inference: lays the weight out once instead of at every call."""
+        self._panels = Panels(self.weight)
 
     def panels(self) -> Tensor | None:
-        """The weight as it was prepared; None where it was not, or has changed since."""
-        if self._prepared is None or torch.compiler.is_compiling():
-            return None
-        panels, address, version = self._prepared
-        if self.weight.data_ptr() != address or self.weight._version != version:
-            self._prepared = None
-            return None
-        return panels
+        return None if self._panels is None else self._panels.of(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x W^T + b, plus residual (…, out_features) where one is given."""
         return linear(x, self.weight, self.bias, residual, self.panels())
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """`gelu(x W^T + b)`, exact (erf), as one operation."""
+    def gelu(self, x: Tensor | QuantRows, then: "Linear | QuantLinear | None" = None) -> Tensor:
+        """`gelu(x W^T + b)`, exact (erf), as one operation. `then`: who reads it."""
+        assert isinstance(x, Tensor), "codes go to a layer that takes_codes"
         return gelu_mlp(x, self.weight, self.bias, self.panels())
 
 
@@ -56,6 +76,14 @@ class QuantLinear(nn.Module):
         self.packed = packed
         self.register_buffer("bias", bias)
 
+    @property
+    def takes_codes(self) -> bool:
+        return self.packed.dynamic
+
+    def prepare(self) -> None:
+        """Lays the packed weight out for the kernels of this machine, once."""
+        self.packed = prepare_packed(self.packed)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         """Takes the packed bytes along to another device; their dtypes are part of the packing and stay."""
         super()._apply(fn, recurse)
@@ -63,8 +91,24 @@ class QuantLinear(nn.Module):
             self.packed = self.packed.to(self.bias.device)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        return quant_linear(x, self.packed, self.bias)
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of what comes of codes, which have none of their own."""
+        return torch.float32 if self.bias is None else self.bias.dtype
 
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x))
+    def forward(self, x: Tensor | QuantRows, residual: Tensor | None = None) -> Tensor:
+        """x W^T + b, plus residual; x float, or codes where `takes_codes`."""
+        if isinstance(x, QuantRows):
+            return quant_linear_rows(x, self.packed, self.bias, False, residual, self._dtype)
+        y = quant_linear(x, self.packed, self.bias)
+        return y if residual is None else residual + y
+
+    def gelu(self, x: Tensor | QuantRows, then: "Linear | QuantLinear | None" = None) -> Tensor | QuantRows:
+        """`gelu(x W^T + b)`, as codes where `then`, who reads it, takes them."""
+        if isinstance(x, Tensor):
+            if not self.takes_codes or (torch.is_grad_enabled() and x.requires_grad):
+                return F.gelu(self(x))
+            x = quantise_rows(x)
+        if then is not None and then.takes_codes:
+            return quant_linear_rows_quantised(x, self.packed, self.bias, gelu=True)
+        return quant_linear_rows(x, self.packed, self.bias, gelu=True, dtype=self._dtype)

@@ -52,11 +52,16 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (I, 1 + N, C) -> the same shape."""
-        h, x = self.norm2.add(self._branch(self.attention(self.norm1(x))), x)
-        return x + self._branch(self.mlp(h))
+        attended = self.attention(self.norm1.feed(x, self.attention.qkv))
+        h, x = self.norm2.add_feed(self._branch(attended), x, self.mlp.input)
+        return x + self._branch(self.mlp(h)) if self._drops else self.mlp(h, residual=x)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.drop_path > 0
 
     def _branch(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_path == 0:
+        if not self._drops:
             return x
         keep = 1 - self.drop_path
         kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep

@@ -17,6 +17,7 @@ from miss.models.config import MissConfig
 from miss.models.decoder import AnswerDecoder
 from miss.models.joint import JointEncoder
 from miss.models.layers import mix
+from miss.models.linear import Linear, QuantLinear
 from miss.models.vision import VisionTransformer
 
 
@@ -119,9 +120,18 @@ class MissVQA(nn.Module):
         seen = torch.full_like(question_lengths, question_ids.shape[1]) if compat else question_lengths
         cache.put_questions(slots, self.project_questions(states), seen)
 
-    def decode(self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, questions: Tensor) -> Tensor:
-        """One token a row -> logits (R, V); see `AnswerDecoder.step`."""
-        return self.decoder.step(tokens, cache, slots, positions, questions)
+    def decode(
+        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, questions: Tensor, num_best: int
+    ) -> tuple[Tensor, Tensor]:
+        """One token a row -> log-probabilities and ids of the best next, (R, num_best); see `AnswerDecoder.step`."""
+        return self.decoder.step(tokens, cache, slots, positions, questions, num_best)
+
+    def prepare(self) -> "MissVQA":
+        """For inference: lays every weight out for this machine's kernels, once, in memory of their own."""
+        for module in self.modules():
+            if isinstance(module, Linear | QuantLinear | AnswerDecoder):
+                module.prepare()
+        return self
 
     def forward(self, batch: VQABatch, label_smoothing: float = 0.0, seed: int | None = None) -> VQAOutput:
         """The answers' loss, teacher-forced; dropout acts only where a seed is given.

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from miss.benchmarks.cases import Bound
 from miss.benchmarks.peers.passes import quantise_rows
-from miss.kernels.quant_linear import PackedWeight
+from miss.kernels.quant_linear import PackedWeight, QuantRows
 
 _SHIFT = 128  # oneDNN's fast int8 product takes unsigned rows: codes are shifted by this zero point
 
@@ -64,5 +65,29 @@ def quant_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Bound:
         y = product(codes).mul_(scale)
         y = y if bias is None else y.add_(bias)
         return y.to(x.dtype).view(shape)
+
+    return run
+
+
+def rows_to_numbers(
+    rows: QuantRows, weight: PackedWeight, bias: Tensor, residual: Tensor | None, dtype: torch.dtype
+) -> Bound:
+    """Codes in: oneDNN's product, then the rows' scales, bias and residual in passes."""
+    product, scale = int8_product(len(rows.codes), weight, None), rows.scale[:, None]
+
+    def run() -> Tensor:
+        y = product(rows.codes).mul_(scale).add_(bias)
+        return (y if residual is None else y.add_(residual)).to(dtype)
+
+    return run
+
+
+def rows_to_codes(rows: QuantRows, weight: PackedWeight, bias: Tensor) -> Bound:
+    """Codes in, codes out: oneDNN's product, then the rows' scales, bias, GELU and quantising in passes."""
+    product, scale = int8_product(len(rows.codes), weight, None), rows.scale[:, None]
+
+    def run() -> tuple[Tensor, Tensor]:
+        codes, scales = quantise_rows(F.gelu(product(rows.codes).mul_(scale).add_(bias)))
+        return codes, scales[..., 0]
 
     return run

@@ -115,6 +115,7 @@ class Engine:
         model = model.to(device, dtype)
         if precision == "int8":
             use_int8(model)
+        model.prepare()
         engine = cls(model, Processor.from_folder(folder), model.config.name, report)
         engine.load_seconds = time.perf_counter() - start
         return engine

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from miss.engine.runtime.sampler import BeamSearch, Hypothesis, log_probabilities
+from miss.engine.runtime.sampler import BeamSearch, Hypothesis
 from miss.models.cache import KVCache
 from miss.models.vqa import MissVQA
 
@@ -31,17 +31,19 @@ class Decoding:
         self.model, self.cache, self.branches, self.device = model, cache, branches, device
         self.position = 0
 
-    def step(self, slots: list[int], tokens: list[int]) -> Tensor:
-        """Feeds one token to each slot (sorted), all at the same position -> log-probabilities (rows, V)."""
-        logits = self.model.decode(
+    def step(self, slots: list[int], tokens: list[int], num_best: int) -> tuple[Tensor, Tensor]:
+        """Feeds one token to each slot (sorted), all at the same position -> the best next ones: log-probabilities and
+        ids (rows, num_best), or all of a vocabulary that has no more."""
+        best = self.model.decode(
             torch.tensor(tokens, dtype=torch.int64, device=self.device),
             self.cache,
             self._int32(slots),
             torch.full((len(slots),), self.position, dtype=torch.int32, device=self.device),
             self._int32([slot // self.branches for slot in slots]),
+            min(num_best, self.model.config.decoder.vocab_size),
         )
         self.position += 1
-        return log_probabilities(logits)
+        return best
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copies answer slots (source, target), all at once."""
@@ -105,14 +107,14 @@ def generate(
 def _greedy(decoding: Decoding, num_questions: int, max_new_tokens: int) -> list[list[Hypothesis]]:
     """Branch 0 is the greedy answer; branch j starts with the (j+1)-th best first token and is greedy from there."""
     tokens, branches = decoding.model.config.tokens, decoding.branches
-    first = decoding.step([q * branches for q in range(num_questions)], [tokens.dec] * num_questions)
-    logprobs, ids = (t.flatten().tolist() for t in first.topk(branches))
+    first = decoding.step([q * branches for q in range(num_questions)], [tokens.dec] * num_questions, branches)
+    logprobs, ids = (t.flatten().tolist() for t in first)
     decoding.copy([(s // branches * branches, s) for s in range(num_questions * branches)])
     hypotheses = [Hypothesis().extended(i, p, tokens.sep) for i, p in zip(ids, logprobs, strict=True)]
     active = [s for s, h in enumerate(hypotheses) if not h.finished]
     while active and decoding.position < max_new_tokens:
-        best = decoding.step(active, [hypotheses[s].token_ids[-1] for s in active]).max(-1)
-        for s, i, p in zip(active, best.indices.tolist(), best.values.tolist(), strict=True):
+        logprob, best = decoding.step(active, [hypotheses[s].token_ids[-1] for s in active], 1)
+        for s, i, p in zip(active, best[:, 0].tolist(), logprob[:, 0].tolist(), strict=True):
             hypotheses[s] = hypotheses[s].extended(i, p, tokens.sep)
         active = [s for s in active if not hypotheses[s].finished]
     groups = [hypotheses[q * branches : (q + 1) * branches] for q in range(num_questions)]
@@ -129,25 +131,26 @@ def _beams(decoding: Decoding, num_questions: int, max_new_tokens: int) -> list[
             break
         slots = [q * width + b for q in active for b in range(len(searches[q].open))]
         last = [(h.token_ids or [config.tokens.dec])[-1] for q in active for h in searches[q].open]
-        logprobs = decoding.step(slots, last)
+        logprobs, ids = decoding.step(slots, last, 2 * width)
         moves, start = [], 0
         for q in active:
-            rows = logprobs[start : start + len(searches[q].open)]
-            start += len(rows)
-            parents = searches[q].advance(_candidates(rows, searches[q].open, 2 * width))
+            rows = slice(start, start + len(searches[q].open))
+            start = rows.stop
+            parents = searches[q].advance(_candidates(logprobs[rows], ids[rows], searches[q].open, 2 * width))
             moves += [(q * width + parent, q * width + b) for b, parent in enumerate(parents)]
         decoding.copy(moves)
     return [search.finish() for search in searches]
 
 
-def _candidates(logprobs: Tensor, beams: list[Hypothesis], count: int) -> list[tuple[int, int, float]]:
-    """The `count` best (beam, token, log-probability of the token) by the beams' totals: logprobs (beams, V)."""
+def _candidates(logprobs: Tensor, ids: Tensor, beams: list[Hypothesis], count: int) -> list[tuple[int, int, float]]:
+    """The `count` best (beam, token, log-probability of the token) by the beams' totals, of each beam's own best:
+    logprobs, ids (beams, count)."""
     so_far = torch.tensor([b.logprob for b in beams], dtype=torch.float64, device=logprobs.device)
     totals = (logprobs.double() + so_far[:, None]).flatten()
     best = totals.topk(min(count, len(totals))).indices
-    picked = logprobs.flatten()[best].tolist()
-    vocabulary = logprobs.shape[1]
-    return [(i // vocabulary, i % vocabulary, p) for i, p in zip(best.tolist(), picked, strict=True)]
+    tokens, picked = ids.flatten()[best].tolist(), logprobs.flatten()[best].tolist()
+    each = logprobs.shape[1]
+    return [(i // each, token, p) for i, token, p in zip(best.tolist(), tokens, picked, strict=True)]
 
 
 class Clock:

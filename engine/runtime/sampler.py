@@ -5,9 +5,6 @@ Knows log-probabilities and hypotheses; does not know models, caches or text.
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from miss.models.config import Behaviour
 
 
@@ -48,11 +45,6 @@ class Hypothesis:
 
     def extended(self, token: int, logprob: float, sep: int) -> "Hypothesis":
         return Hypothesis([*self.token_ids, token], self.logprob + logprob, token == sep)
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """float32 (or float64) log-softmax over the vocabulary: logits (R, V) -> (R, V)."""
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
 
 
 @dataclass

@@ -49,7 +49,12 @@ def rescale(total: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, 
 
 
 def dynamic(
-    x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels: Tensor | None, offset: Tensor | None
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     codes, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
     # In float64 the sums are exact whatever the order (below 2**53), and CUDA has no product of int32 matrices.

@@ -46,7 +46,12 @@ def dynamic_limits(x: Tensor, data: Tensor, *_: object) -> str | None:
 
 
 def dynamic(
-    x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels: Tensor | None, offset: Tensor | None
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     codes, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
     num_rows = len(codes)

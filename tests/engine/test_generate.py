@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miss.engine.runtime.generate import generate
-from miss.engine.runtime.sampler import BeamSearch, log_probabilities
+from miss.engine.runtime.sampler import BeamSearch
 from miss.models.config import MissConfig, PreprocessConfig, TextConfig, TokenConfig, VisionConfig
 from miss.models.vqa import MissVQA
 
@@ -65,7 +65,7 @@ def teacher_forced(model, pixels, ids, lengths, answer: list[int]) -> torch.Tens
     states = model.encode_questions(ids, lengths, kv, index)
     tokens = torch.tensor([[TOKENS.dec, *answer[:-1]]])
     hidden = model.decoder(tokens, model.project_questions(states), index, lengths)
-    return log_probabilities(model.decoder.logits(hidden))[0]
+    return torch.log_softmax(model.decoder.logits(hidden), -1)[0]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ An operation takes part by having a `cpu` row and a line in `miss explain`'s cal
 asks for; one that does not fit the error rule's usual slack gets a line in SLACK.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import Tensor
 from miss.cli import explain
 from miss.kernels import extension, registry
 from miss.kernels.registry import OPS, Impl, Op
-from tests.helpers import assert_as_good_as, run_python
+from tests.helpers import assert_as_good_as, route, run_python
 
 SUPPORTED = [] if isinstance(extension._module(), str) else extension._module().supported()
 SLACK: dict[str, float] = {}
@@ -66,7 +67,10 @@ def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def runs(dtype: torch.dtype, head: int) -> list[Run]:
-    """Every choice that `miss explain`'s calls, forward and backward, come to where there is a `cpu` row."""
+    """Every choice that `miss explain`'s calls, forward and backward, come to where there is a `cpu` row.
+
+    Through the custom operators, which are what comes to the backward table of a composite row too.
+    """
     found: dict[tuple[str, str], Run] = {}
     for name, call in explain.calls(shapes(dtype, head)).items():
 
@@ -74,7 +78,10 @@ def runs(dtype: torch.dtype, head: int) -> list[Run]:
             if "cpu" in op.names and (name, op.name) not in found:
                 found[name, op.name] = op, copied(args)
 
-        with registry.watch(watcher):
+        with registry.watch(watcher), contextlib.ExitStack() as stack:
+            for op in OPS.values():
+                if any(impl.name == "cpu" and impl.composite for impl in op.impls):
+                    stack.enter_context(route("custom", op))
             explain.observe(call)
     return list(found.values())
 
