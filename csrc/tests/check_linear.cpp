@@ -1,6 +1,7 @@
 // Linears and their packing against the plain sum, at sizes around a tile, a panel and a span of k.
 #include <math.h>
 
+#include "cpu/linear.h"
 #include "pack.h"
 
 using check::blocks;
