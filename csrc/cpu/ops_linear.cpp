@@ -60,7 +60,8 @@ LinearArgs common(const Tensor& x, const Tensor& panels, int64_t columns, const 
   return args;
 }
 
-Tensor pack_panels(const Tensor& weight, bool transposed, bool to_bf16) {
+// keep: for as long as a model lives.
+Tensor pack_panels(const Tensor& weight, bool transposed, bool to_bf16, bool keep) {
   PackArgs args = {};
   int64_t n = transposed ? 1 : 0;
   args.from = bytes_of(weight);
@@ -71,7 +72,9 @@ Tensor pack_panels(const Tensor& weight, bool transposed, bool to_bf16) {
   args.row_stride = weight.stride(n);
   args.k_stride = weight.stride(1 - n);
   int64_t group = group_of(args.to_type);
-  Tensor panels = make({(args.rows + PANEL - 1) / PANEL, (args.k + group - 1) / group, PANEL, group}, scalar(args.to_type));
+  std::vector<int64_t> sizes{(args.rows + PANEL - 1) / PANEL, (args.k + group - 1) / group, PANEL, group};
+  ScalarType dtype = scalar(args.to_type);
+  Tensor panels = keep ? kept_tensor(sizes, dtype, static_cast<size_t>(4 / group)) : make(sizes, dtype);
   args.panels = bytes_to(panels);
   linear_kernels().pack(args);
   return panels;
@@ -85,7 +88,7 @@ std::tuple<Tensor, Tensor> pack_int8(const Tensor& data) {
   args.k = data.size(1);
   args.row_stride = data.stride(0);
   args.k_stride = data.stride(1);
-  Tensor panels = make({(args.rows + PANEL - 1) / PANEL, (args.k + 3) / 4, PANEL, 4}, ScalarType::Char);
+  Tensor panels = kept_tensor({(args.rows + PANEL - 1) / PANEL, (args.k + 3) / 4, PANEL, 4}, ScalarType::Char, 1);
   Tensor offset = make({args.rows}, ScalarType::Int);
   args.panels = bytes_to(panels);
   args.offset = static_cast<int32_t*>(offset.mutable_data_ptr());
@@ -169,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
   Tensor dx = make(need_x ? with_last(x, k) : none, x.scalar_type());
   if (need_x) {
     LinearArgs args = {};
-    Tensor panels = pack_panels(weight, true, false);
+    Tensor panels = pack_panels(weight, true, false, false);
     args.x = bytes_of(dz);
     args.x_type = args.y_type = type;
     args.rows = rows;
@@ -181,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
   }
   Tensor dweight = make(need_weight ? std::vector<int64_t>{columns, k} : none, x.scalar_type());
   if (need_weight) {
-    Tensor a = pack_panels(as_matrix(dz, rows, columns), true, false), b = pack_panels(as_matrix(x, rows, k), true, false);
+    Tensor a = pack_panels(as_matrix(dz, rows, columns), true, false, false), b = pack_panels(as_matrix(x, rows, k), true, false, false);
     kernels.packed_product({bytes_of(a), bytes_of(b), type, columns, k, rows, bytes_to(dweight)});
   }
   Tensor dbias = make(need_bias ? std::vector<int64_t>{columns} : none, x.scalar_type());
@@ -203,7 +206,7 @@ std::tuple<Tensor, Tensor> quantise_rows(const Tensor& x) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
-  m.def("pack_panels(Tensor weight, bool transposed=False, bool to_bf16=False) -> Tensor");
+  m.def("pack_panels(Tensor weight, bool transposed=False, bool to_bf16=False, bool keep=False) -> Tensor");
   m.def("pack_int8(Tensor data) -> (Tensor, Tensor)");
   m.def(
       "linear(Tensor x, Tensor panels, int columns, Tensor? bias, bool gelu, Tensor? residual, bool keep)"

@@ -18,7 +18,7 @@ Tensor pack_int4(const Tensor& codes, const Tensor& scale, const std::optional<T
   args.groups = scale.size(1);
   args.group = static_cast<int>(group);
   std::vector<int64_t> sizes{(args.rows + PANEL - 1) / PANEL, args.groups, int4_group_bytes(args.group, zero.has_value())};
-  Tensor panels = torch::stable::empty(sizes, ScalarType::Byte);
+  Tensor panels = kept_tensor(sizes, ScalarType::Byte, 1);
   args.panels = bytes_to(panels);
   weight_only_kernels().pack(args);
   return panels;

@@ -9,7 +9,9 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "memory.h"
 #include "types.h"
 
 namespace miss {
@@ -47,6 +49,17 @@ inline Tensor allocate(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// A contiguous CPU tensor of memory that is read many times.
+inline Tensor kept_tensor(const std::vector<int64_t>& sizes, ScalarType dtype, size_t item) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  int64_t count = 1;
+  for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
+  if (count == 0) return torch::stable::empty(sizes, dtype);
+  Kept kept = keep(static_cast<size_t>(count) * item);
+  torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(kept.data, sizes, strides, cpu, dtype, [owner = kept.owner](void*) {});
 }
 
 }  // namespace miss

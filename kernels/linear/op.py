@@ -166,4 +166,4 @@ def prepare(weight: Tensor) -> Tensor | None:
     """
     if weight.device.type != "cpu" or weight.dtype not in CPU_DTYPES or extension.missing() is not None:
         return None
-    return extension.ops().pack_panels(weight.detach())
+    return extension.ops().pack_panels(weight.detach(), False, False, True)
