@@ -8,8 +8,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include <vector>
-
 #include "cpu/types.h"
 
 namespace check {

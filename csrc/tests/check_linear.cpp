@@ -1,30 +1,16 @@
 // Linears and their packing against the plain sum, at sizes around a tile, a panel and a span of k.
 #include <math.h>
 
-#include "check.h"
 #include "cpu/linear.h"
+#include "pack.h"
 
+using check::blocks;
 using check::Buffer;
 using check::number;
+using check::pack;
 using check::randomise;
 
 static double gelu(double x) { return 0.5 * x * erfc(-x / sqrt(2.0)); }
-static int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-template <class W>
-static void pack(Buffer<W>& weight, int64_t columns, int64_t k, bool transposed, Buffer<W>& panels, int32_t* offset) {
-  miss::PackArgs args = {};
-  args.from = weight.chars();
-  args.from_type = args.to_type = check::type_of<W>();
-  args.rows = columns;
-  args.k = k;
-  args.row_stride = transposed ? 1 : k;
-  args.k_stride = transposed ? columns : 1;
-  args.panels = panels.chars();
-  args.offset = offset;
-  miss::linear_kernels().pack(args);
-}
-
 template <class T>
 static void floats(int64_t rows, int64_t columns, int64_t k, bool extras, double tolerance) {
   const int64_t stride = extras ? k : k + 3;  // rows that lie apart

@@ -1,15 +1,13 @@
 // int8 and int4 weights under float activations, for few rows (decoded in registers) and more (decoded into scratch).
 #include <math.h>
 
-#include "check.h"
-#include "cpu/linear.h"
 #include "cpu/weight_only.h"
+#include "pack.h"
 
+using check::blocks;
 using check::Buffer;
 using check::number;
 using check::randomise;
-
-static int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // y = x weight^T + bias, with `weight` as the kernels' arguments have it and as plain numbers (columns, k).
 template <class T>
@@ -44,15 +42,7 @@ static void int8(int64_t rows, int64_t columns, int64_t k) {
   randomise(codes);
   randomise(scale);
   for (int64_t i = 0; i < weight.count(); ++i) weight[i] = codes[i] * double{scale[i / k]};
-  miss::PackArgs pack = {};
-  pack.from = codes.chars();
-  pack.from_type = pack.to_type = miss::Type::s8;
-  pack.rows = columns;
-  pack.k = pack.row_stride = k;
-  pack.k_stride = 1;
-  pack.panels = panels.chars();
-  pack.offset = offset.data();
-  miss::linear_kernels().pack(pack);
+  check::pack(codes, columns, k, false, panels, offset.data());
   miss::WeightOnlyArgs args = {};
   args.rows = rows;
   args.columns = columns;

@@ -33,4 +33,4 @@ def quant(
     panels: Tensor | None,
     offset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return best(quant_linear.dynamic(hidden.to(accumulator(hidden.dtype)), data, scale, bias), k)
+    return best(quant_linear.dynamic(hidden.to(accumulator(hidden.dtype)), data, scale, bias, None, None), k)

@@ -46,4 +46,4 @@ def quant(
     panels: Tensor | None,
     offset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _best(quant_linear.dynamic(hidden, data, scale, bias).to(accumulator(hidden.dtype)), k)
+    return _best(quant_linear.dynamic(hidden, data, scale, bias, None, None).to(accumulator(hidden.dtype)), k)
