@@ -14,8 +14,10 @@ from miss.benchmarks.cases import Bound, Case, Peer
 from miss.benchmarks.inputs import int8_weight, normal, weight
 from miss.benchmarks.peers import head, onednn
 from miss.benchmarks.shapes import Linear, Shapes
-from miss.kernels.linear_top_k import linear_top_k, pack_head
+from miss.kernels.linear import prepare
+from miss.kernels.linear_top_k import linear_top_k
 from miss.kernels.quant_linear import PackedWeight
+from miss.kernels.quant_linear import prepare as prepare_packed
 
 
 def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
@@ -32,10 +34,10 @@ def _call(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> tuple[
 
 
 def _bind(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Bound:
-    panels = pack_head(weight)
+    head, panels = (prepare_packed(weight), None) if isinstance(weight, PackedWeight) else (weight, prepare(weight))
 
     def run() -> tuple[Tensor, Tensor]:
-        values, _, lse = linear_top_k(hidden, weight, bias, 1, panels)
+        values, _, lse = linear_top_k(hidden, head, bias, 1, panels)
         return values, lse
 
     return run

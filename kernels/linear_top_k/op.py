@@ -11,16 +11,15 @@ lse. Of equal values the lower index comes first. With a packed int8 weight that
 
 The `cpu` rows compute z in float32, keep none of it, and give bitwise the same for any number of threads and whatever
 shares the batch; a row with NaN among its z has lse NaN, values NaN and indices 0 … k - 1 (PyTorch's rows: NaN counts
-as the largest). They want the weight in panels: `pack_head` makes them once, for every call.
+as the largest). They want the weight in panels, made once for every call: `linear.prepare`, `quant_linear.prepare`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miss.kernels import extension
-from miss.kernels.linear import prepare
 from miss.kernels.linear.op import of_dtype
 from miss.kernels.linear_top_k import reference, torch_impl
 from miss.kernels.quant_linear import PackedWeight
@@ -34,13 +33,6 @@ MOST_K = 16  # csrc/cpu/top_k.h
 ROWS_WORTH_PACKING = 128
 
 
-class HeadPanels(NamedTuple):
-    """A head's weight as csrc/cpu/gemm.h reads it; `offset`: of int8 weights, 128 times each row's sum of codes."""
-
-    panels: Tensor
-    offset: Tensor | None = None
-
-
 def _limits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, panels: Tensor | None, *_: object
 ) -> str | None:
@@ -51,7 +43,7 @@ def _limits(
     if hidden.shape[1] == 0:
         return "needs at least one column"
     if panels is None and len(hidden) < ROWS_WORTH_PACKING:
-        return f"needs the weight's panels (pack_head) for fewer than {ROWS_WORTH_PACKING} rows"
+        return f"the weight is not prepared (`prepare`): not for fewer than {ROWS_WORTH_PACKING} rows"
     return None
 
 
@@ -125,28 +117,17 @@ def _(
     return _outputs(hidden, k)
 
 
-def pack_head(weight: Tensor | PackedWeight) -> HeadPanels | None:
-    """The weight as the `cpu` rows want it, another copy of it; None where they do not run or do not take it."""
-    data = weight.data if isinstance(weight, PackedWeight) else weight
-    if data.device.type != "cpu" or extension.missing() is not None:
-        return None
-    if isinstance(weight, PackedWeight):
-        return HeadPanels(*extension.ops().pack_int8(data)) if weight.dynamic else None
-    panels = prepare(data)
-    return None if panels is None else HeadPanels(panels)
-
-
 def linear_top_k(
     hidden: Tensor,
     weight: Tensor | PackedWeight,
     bias: Tensor | None,
     k: int,
-    panels: HeadPanels | Tensor | None = None,
+    panels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, indices, lse) of hidden (R, C) and weight (V, C), plain or packed for W8A8.
 
     Args:
-        panels: what `pack_head` (of a plain weight also `linear.prepare`) made of this very weight.
+        panels: `linear.prepare(weight)` of a plain weight; a packed one has its own (`quant_linear.prepare`).
 
     Raises:
         ValueError: shapes that do not fit each other, k not in 1 … V, or a packed weight that is not W8A8.
@@ -159,13 +140,13 @@ def linear_top_k(
         )
     if not 1 <= k <= num_tokens:
         raise ValueError(f"linear_top_k: k is {k}; wanted 1 … {num_tokens}")
-    packed, offset = panels if isinstance(panels, HeadPanels) else (panels, None)
     if isinstance(weight, PackedWeight):
         if not weight.dynamic or weight.scheme != "int8":
             raise ValueError(
                 "linear_top_k: a packed weight is wanted with int8 activations (W8A8); else use quant_linear"
             )
         hidden, bias = autocast_to(hidden, bias)
-        return QUANT.call(_quant, hidden, weight.data, weight.scale, bias, k, packed, offset)
+        prepared = weight.prepared or (None, None)
+        return QUANT.call(_quant, hidden, weight.data, weight.scale, bias, k, *prepared)
     hidden, weight, bias = autocast_to(hidden, weight, bias)
-    return FORWARD.call(_forward, hidden, weight, bias, k, of_dtype(packed, hidden))
+    return FORWARD.call(_forward, hidden, weight, bias, k, of_dtype(panels, hidden))

@@ -20,7 +20,7 @@ from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.kv_cache import kv_append, kv_reorder
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from miss.kernels.linear import linear, prepare
-from miss.kernels.linear_top_k import linear_top_k, pack_head
+from miss.kernels.linear_top_k import linear_top_k
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import (
     PackedWeight,
@@ -134,11 +134,11 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
 
     def head() -> tuple[Tensor, ...]:
         weight = s.leaf(vocabulary, width).detach()
-        return linear_top_k(s.leaf(s.rows, width).detach(), weight, None, 3, pack_head(weight))
+        return linear_top_k(s.leaf(s.rows, width).detach(), weight, None, 3, prepare(weight))
 
     def packed_head() -> tuple[Tensor, ...]:
-        weight = pack_int8(matrix(vocabulary, width), dynamic=True)
-        return linear_top_k(s.leaf(s.rows, width).detach(), weight, None, 1, pack_head(weight))
+        weight = prepare_packed(pack_int8(matrix(vocabulary, width), dynamic=True))
+        return linear_top_k(s.leaf(s.rows, width).detach(), weight, None, 1)
 
     return {
         "patch_embed": lambda: patch_embed(

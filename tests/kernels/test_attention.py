@@ -128,9 +128,9 @@ def test_any_shape_lengths_and_order_of_strides(data: st.DataObject) -> None:
             lambda q, k, v: plain(q, k, v, lengths, causal, dropout_p),
             [q, k, v],
             dtype,
-            # A maximum over as few as 5 numbers is a noisy yardstick, above all where they carry 8 bits. Over one key the
-            # gradient of the scores is 0, which plain PyTorch hits exactly and dP - dout . out, with out rounded to its
-            # dtype, does not.
+            # A maximum over as few as 5 numbers is a noisy yardstick, above all where they carry 8 bits. Over one key
+            # the gradient of the scores is 0, which plain PyTorch hits exactly and dP - dout . out, with out rounded to
+            # its dtype, does not.
             slack=4.0 if dtype == torch.float32 else 10.0,
             floor=3e-6 if dtype == torch.float32 or keys > 1 else 3e-2,
         )

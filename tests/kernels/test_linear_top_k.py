@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from miss.kernels import extension
-from miss.kernels.linear_top_k import HeadPanels, linear_top_k, op, pack_head
+from miss.kernels.linear import prepare
+from miss.kernels.linear_top_k import linear_top_k, op
 from miss.kernels.quant_linear import PackedWeight, pack_int4, pack_int8, quant_linear
+from miss.kernels.quant_linear import prepare as prepare_packed
 from miss.kernels.registry import use
 from tests.helpers import assert_as_good_as, route, threads, unaligned
 
@@ -35,7 +37,10 @@ def tensors(rows: int, vocabulary: int, width: int, dtype: torch.dtype = torch.f
 
 
 def call(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, k: int) -> Head:
-    return linear_top_k(hidden, weight, bias, k, pack_head(weight))
+    """With the weight prepared where a kernel wants that."""
+    if isinstance(weight, PackedWeight):
+        return linear_top_k(hidden, prepare_packed(weight), bias, k)
+    return linear_top_k(hidden, weight, bias, k, prepare(weight))
 
 
 def check(got: Head, z: Tensor, plain: Tensor, k: int) -> None:
@@ -154,22 +159,20 @@ def test_what_the_cpu_row_refuses_and_packs():
     hidden, weight, bias = tensors(op.ROWS_WORTH_PACKING, 130, 8)
     if reason := extension.missing():
         pytest.skip(reason)
-    for args, says in (((hidden[:2], weight, bias, 2), "panels"), ((hidden, weight, bias, 17), "up to 16")):
+    for args, says in (((hidden[:2], weight, bias, 2), "not prepared"), ((hidden, weight, bias, 17), "up to 16")):
         with use(linear_top_k="cpu"), pytest.raises(NotImplementedError, match=says):
             linear_top_k(*args)
     with use(linear_top_k="cpu", linear_top_k_w8a8="cpu"):
         for head in (weight, pack_int8(weight, dynamic=True)):
-            packed = pack_head(head)
-            assert isinstance(packed, HeadPanels) and (packed.offset is None) == (head is weight)
             assert all(map(torch.equal, linear_top_k(hidden, head, bias, 2), call(hidden, head, bias, 2)))
-    assert pack_head(weight.double()) is None and pack_head(pack_int8(weight)) is None
+    assert prepare(weight.double()) is None
 
 
 def test_autocast():
     hidden, weight, bias = tensors(5, 130, 8)
     halves = call(hidden.bfloat16(), weight.bfloat16(), bias.bfloat16(), 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for panels in (None, pack_head(weight), pack_head(weight.bfloat16())):
+        for panels in (None, prepare(weight), prepare(weight.bfloat16())):
             got = linear_top_k(hidden, weight, bias, 2, panels)
             assert got[0].dtype == torch.float32
             torch.testing.assert_close(got[2], halves[2], atol=1e-2, rtol=0)
@@ -194,12 +197,11 @@ def test_bad_arguments(change, says):
 def test_opcheck_and_compile():
     checks = ("test_schema", "test_faketensor")
     hidden, weight, bias = tensors(4, 70, 8)
-    packed = pack_int8(weight, dynamic=True)
+    packed = prepare_packed(pack_int8(weight, dynamic=True))
     for head, table, custom in ((weight, op.FORWARD, op._forward), (packed, op.QUANT, op._quant)):
-        panels = pack_head(head) or HeadPanels(torch.empty(0))
-        args = (hidden, weight, bias, 3, panels.panels)
+        args = (hidden, weight, bias, 3, prepare(weight))
         if head is packed:
-            args = (hidden, packed.data, packed.scale, bias, 3, *panels)
+            args = (hidden, packed.data, packed.scale, bias, 3, *(packed.prepared or (None, None)))
         for name in ("torch", "reference", "custom"):
             with route(name, table):
                 torch.library.opcheck(custom, args, test_utils=checks)
