@@ -155,20 +155,21 @@ inline vi zip_bf16(const float* low, const float* high) {
 
 // Whole numbers inside of words.
 template <int BITS>
-inline vi left(vi a) {
-  return _mm256_slli_epi32(a, BITS);
-}
-template <int BITS>
-inline vi right(vi a) {  // the sign comes along
-  return _mm256_srai_epi32(a, BITS);
-}
-template <int BITS>
 inline vi right_zero(vi a) {
   return _mm256_srli_epi32(a, BITS);
 }
 inline vi both(vi a, vi b) { return _mm256_and_si256(a, b); }
 inline vi either(vi a, vi b) { return _mm256_or_si256(a, b); }
 inline vi as_int(vf a) { return _mm256_castps_si256(a); }
+
+// Byte I of each word as its highest byte, zeros below: the byte, signed, times 2 ** 24.
+template <int I>
+inline vi top_byte(vi a) {
+  if (I == 3) return both(a, set1i(static_cast<int>(0xff000000)));
+  constexpr int Z = 0x80;
+  const __m128i from = _mm_setr_epi8(Z, Z, Z, I, Z, Z, Z, 4 + I, Z, Z, Z, 8 + I, Z, Z, Z, 12 + I);
+  return _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(from));
+}
 
 // The lowest 4 bits of each word minus 8; higher bits are not looked at.
 inline vf nibble(vi a) { return to_float(subi(both(a, set1i(15)), set1i(8))); }

@@ -127,20 +127,21 @@ inline vi zip_bf16(const float* low, const float* high) {
 
 // Whole numbers inside of words.
 template <int BITS>
-inline vi left(vi a) {
-  return _mm512_slli_epi32(a, BITS);
-}
-template <int BITS>
-inline vi right(vi a) {  // the sign comes along
-  return _mm512_srai_epi32(a, BITS);
-}
-template <int BITS>
 inline vi right_zero(vi a) {
   return _mm512_srli_epi32(a, BITS);
 }
 inline vi both(vi a, vi b) { return _mm512_and_si512(a, b); }
 inline vi either(vi a, vi b) { return _mm512_or_si512(a, b); }
 inline vi as_int(vf a) { return _mm512_castps_si512(a); }
+
+// Byte I of each word as its highest byte, zeros below: the byte, signed, times 2 ** 24.
+template <int I>
+inline vi top_byte(vi a) {
+  if (I == 3) return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xff000000)));
+  constexpr int Z = 0x80;
+  const __m128i from = _mm_setr_epi8(Z, Z, Z, I, Z, Z, Z, 4 + I, Z, Z, Z, 8 + I, Z, Z, Z, 12 + I);
+  return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(from));
+}
 
 // The lowest 4 bits of each word minus 8; higher bits are not looked at.
 inline vf nibble(vi a) {

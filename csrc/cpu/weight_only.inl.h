@@ -14,9 +14,12 @@ constexpr int64_t FEW = 4;  // rows up to which decoding in registers is faster
 // Bytes to ask for ahead of the reading: 5 % more of the read bandwidth than the hardware's own prefetching.
 constexpr int64_t AHEAD = 4096;
 
+// An int8 code times 2 ** 24, which the columns' scales take back: two instructions instead of three.
+constexpr float CODE_UNIT = 1.0f / 16777216.0f;
+
 template <int I>
 vf byte_number(vi word) {
-  return to_float(right<24>(left<24 - 8 * I>(word)));
+  return to_float(top_byte<I>(word));
 }
 template <int I>
 vi byte_pair(vi word) {
@@ -139,7 +142,8 @@ struct WeightOnly {
   void scale_columns(float* totals, int num_rows, int64_t panel) const {
     for (int64_t c = 0; c < PANEL && panel * PANEL + c < args.columns; c += LANES) {
       int64_t at = panel * PANEL + c;
-      vf scale = part(args.column_scale + at, static_cast<int>(args.columns - at < LANES ? args.columns - at : LANES));
+      int n = static_cast<int>(args.columns - at < LANES ? args.columns - at : LANES);
+      vf scale = mul(part(args.column_scale + at, n), set1(CODE_UNIT));
       for (int r = 0; r < num_rows; ++r) store(totals + r * PANEL + c, mul(load(totals + r * PANEL + c), scale));
     }
   }
