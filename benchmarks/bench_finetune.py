@@ -28,6 +28,7 @@ from miss.engine.training.flops import matmul_ceiling
 from miss.engine.training.optimizer import freeze
 from miss.engine.training.plain import PlainEngine
 from miss.engine.training.trainer import Interval, Trainer
+from miss.kernels import registry
 from miss.models.config import MissConfig
 from miss.models.vqa import MissVQA
 
@@ -122,6 +123,25 @@ def measure(mode: str, args: argparse.Namespace, folder: Path, ceiling: float) -
     return {**result, "ratio": round(ratio, 2)}
 
 
+def measure_rows(mode: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The grouped step by the operations' rows that run here against the `torch` rows, in turn."""
+    registry.load_all()
+    plain = {op.name: "torch" for op in registry.OPS.values()}
+    trainers = {name: make_trainer(mode, True, args, folder) for name in ("chosen", "torch")}
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    for repeat in range(args.repeats + 1):
+        for name, trainer in trainers.items():
+            with registry.use(**(plain if name == "torch" else {})):
+                seconds, _ = step_seconds(trainer, repeat)
+            if repeat:
+                times[name].append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    result = {f"{name}_s": round(value, 4) for name, value in medians.items()}
+    result["ratio"] = round(medians["torch"] / medians["chosen"], 3)
+    print(f"{mode:>8}   " + "  ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Finetuning, grouped by image against ungrouped.")
     parser.add_argument("--images", type=int, default=12)
@@ -130,13 +150,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--modes", default="cached,frozen,trained")
+    parser.add_argument("--rows", action="store_true", help="the rows that run here against the torch rows instead")
     args = parser.parse_args()
     ceiling = matmul_ceiling(torch.device(args.device), torch.bfloat16, seconds=1.0)
     print(f"bf16 matrix product rate: {ceiling / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        modes = {mode: measure(mode, args, Path(folder), ceiling) for mode in args.modes.split(",")}
+        modes = {
+            mode: measure_rows(mode, args, Path(folder)) if args.rows else measure(mode, args, Path(folder), ceiling)
+            for mode in args.modes.split(",")
+        }
     result = {
-        "benchmark": "finetune",
+        "benchmark": "finetune rows" if args.rows else "finetune",
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

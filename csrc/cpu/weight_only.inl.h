@@ -11,7 +11,7 @@ namespace MISS_ISA {
 namespace {
 
 constexpr int64_t FEW = 4;  // rows up to which decoding in registers is faster
-// Bytes to ask for ahead of the reading: 5 % more of the read bandwidth than the hardware's own prefetching.
+// Bytes to ask for ahead of the reading; 1.5 to 16 KB do alike, past the caches (NTA) is 20 % slower.
 constexpr int64_t AHEAD = 4096;
 
 // An int8 code times 2 ** 24, which the columns' scales take back: two instructions instead of three.
