@@ -45,7 +45,8 @@ struct PackArgs {
 struct PackedProductArgs {
   const char* a;  // panels of `rows` rows
   const char* b;  // panels of `columns` rows
-  Type type;      // of A, B and y: float32 or bf16
+  Type type;      // of A and B: float32 or bf16
+  Type y_type;    // that, or float32
   int64_t rows, columns, k;
   char* y;
 };

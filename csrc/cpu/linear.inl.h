@@ -287,16 +287,17 @@ void pack(const PackArgs& args) {
   });
 }
 
-template <class Dot, class T>
+template <class Dot, class Out>
 void packed_product_of(const PackedProductArgs& args) {
   LinearArgs plain = {};
   plain.columns = args.columns;
-  Finish<float, T> finish{plain, reinterpret_cast<T*>(args.y), 0, nullptr};
-  multiply_packed<Dot>(args.a, args.rows, args.k * static_cast<int64_t>(sizeof(T)), args.b, args.columns, finish);
+  Finish<float, Out> finish{plain, reinterpret_cast<Out*>(args.y), 0, nullptr};
+  multiply_packed<Dot>(args.a, args.rows, args.k * size_of(args.type), args.b, args.columns, finish);
 }
 
 void packed_product(const PackedProductArgs& args) {
   if (args.type == Type::f32) packed_product_of<DotF32, float>(args);
+  else if (args.y_type == Type::f32) packed_product_of<DotBf16, float>(args);
   else packed_product_of<DotBf16, bf16>(args);
 }
 

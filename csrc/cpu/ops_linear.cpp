@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor> linear_int8_codes(const Tensor& x, const std::optiona
 }
 
 // dx, dweight, dbias of y = gelu?(x W^T + bias): dy and pre (…, N), x (…, K), weight (N, K), all contiguous but the
-// weight and of one dtype. `pre` where there was a gelu. What is not wanted is empty.
+// weight and of one dtype; the weight may be float32 where they are bf16, and is rounded. `pre` where there was a gelu. What is not wanted is empty.
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                    const std::optional<Tensor>& pre, bool need_x, bool need_weight,
                                                    bool need_bias) {
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
   Tensor dx = make(need_x ? with_last(x, k) : none, x.scalar_type());
   if (need_x) {
     LinearArgs args = {};
-    Tensor panels = pack_panels(weight, true, false, false);
+    Tensor panels = pack_panels(weight, true, type == Type::bf16, false);
     args.x = bytes_of(dz);
     args.x_type = args.y_type = type;
     args.rows = rows;
@@ -182,10 +182,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
     args.y = bytes_to(dx);
     kernels.forward(args);
   }
-  Tensor dweight = make(need_weight ? std::vector<int64_t>{columns, k} : none, x.scalar_type());
+  Tensor dweight = make(need_weight ? std::vector<int64_t>{columns, k} : none, weight.scalar_type());
   if (need_weight) {
     Tensor a = pack_panels(as_matrix(dz, rows, columns), true, false, false), b = pack_panels(as_matrix(x, rows, k), true, false, false);
-    kernels.packed_product({bytes_of(a), bytes_of(b), type, columns, k, rows, bytes_to(dweight)});
+    kernels.packed_product({bytes_of(a), bytes_of(b), type, type_of(weight), columns, k, rows, bytes_to(dweight)});
   }
   Tensor dbias = make(need_bias ? std::vector<int64_t>{columns} : none, x.scalar_type());
   if (need_bias) kernels.column_sums(bytes_of(dz), type, rows, columns, bytes_to(dbias));

@@ -106,7 +106,7 @@ static void gradients(int64_t rows, int64_t columns, int64_t k, double tolerance
   pack(a, rows, k, false, a_panels, nullptr);
   pack(b, columns, k, false, b_panels, nullptr);
   const miss::Type type = check::type_of<T>();
-  miss::linear_kernels().packed_product({a_panels.chars(), b_panels.chars(), type, rows, columns, k, y.chars()});
+  miss::linear_kernels().packed_product({a_panels.chars(), b_panels.chars(), type, type, rows, columns, k, y.chars()});
   miss::linear_kernels().column_sums(a.chars(), type, rows, k, sums.chars());
   miss::linear_kernels().gelu_backward(dy.chars(), a.chars(), type, a.count(), dz.chars());
   for (int64_t r = 0; r < rows; ++r)

@@ -5,8 +5,8 @@ Knows its formula, its gradient and who computes it; does not know what follows.
     z = x @ weight.T + bias;  y = z * Phi(z) = z / 2 * (1 + erf(z / sqrt(2)))     x (…, C)  weight (F, C)  bias (F,)
 
 y (…, F) in x's dtype, products accumulated in float32 (float64 in float64). BERT and the ViT use the exact form; the
-tanh approximation, the only one that most fused libraries offer, differs by up to 5e-4. Under autocast everything is
-in the autocast dtype.
+tanh approximation, the only one that most fused libraries offer, differs by up to 5e-4. Under autocast all but the
+weight is in the autocast dtype, and the weight is rounded to it inside, as in `linear`.
 
 Gradient, with phi the normal density: dz = dy * (Phi(z) + z * phi(z)); dx = dz @ weight; dweight = dz.T @ x;
 dbias = the sum of dz over rows. z is kept for it, in x's dtype, where a gradient is needed, and is empty elsewhere.
@@ -79,7 +79,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tenso
 
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(weight.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -106,7 +106,7 @@ def gelu_mlp(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | No
         ValueError: weight or bias does not fit x.
     """
     check_shapes("gelu_mlp", x, weight, bias)
-    x, weight, bias = autocast_to(x, weight, bias)
+    x, bias = autocast_to(x, bias)
     keep = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )

@@ -29,4 +29,4 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor
     rows = dz.reshape(-1, dz.shape[-1])
     dx = dz @ weight.to(acc)
     dweight = rows.T @ x.to(acc).reshape(-1, x.shape[-1])
-    return dx.to(x.dtype), dweight.to(weight.dtype), rows.sum(0).to(weight.dtype)
+    return dx.to(x.dtype), dweight.to(weight.dtype), rows.sum(0).to(x.dtype)

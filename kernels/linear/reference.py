@@ -23,4 +23,4 @@ def backward(
     rows = dy.to(acc).reshape(-1, dy.shape[-1])
     dx = (rows @ weight.to(acc)).to(x.dtype).view(x.shape) if need_x else x.new_empty(0)
     dweight = (rows.T @ x.to(acc).reshape(-1, x.shape[-1])).to(weight.dtype) if need_weight else weight.new_empty(0)
-    return dx, dweight, rows.sum(0).to(weight.dtype) if need_bias else weight.new_empty(0)
+    return dx, dweight, rows.sum(0).to(x.dtype) if need_bias else x.new_empty(0)

@@ -161,3 +161,23 @@ def test_compiles_without_a_break():
 
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), plain(x, w, b, residual).square().sum())
+
+
+@pytest.mark.parametrize("name", [*CPU_ROUTES, *OTHER_ROUTES])
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_a_float32_weight_under_autocast(shape, name):
+    """As good as with the weight rounded beforehand; its gradient is float32 and need not be rounded on the way."""
+    x, w, b, residual = tensors(*shape)
+
+    def gradients(dtype: torch.dtype, call) -> list[Tensor]:
+        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, w, b, residual)]
+        y = call(*leaves)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    exact, rounded = gradients(torch.float64, plain), gradients(torch.bfloat16, plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16), route(name, op.FORWARD):
+        some = gradients(torch.float32, linear)
+    assert some[0].dtype == torch.bfloat16 and some[2].dtype == torch.float32
+    for what, g, p, e in zip(("y", "dx", "dweight", "dbias", "dresidual"), some, rounded, exact, strict=True):
+        assert_as_good_as(g, p, e, what=what)
