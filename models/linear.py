@@ -24,11 +24,12 @@ from miss.kernels.quant_linear import prepare as prepare_packed
 
 class Panels:
     """A weight laid out for the kernels that want it so, in memory of its own, for as long as it stays what it was: it
-    is not read any more once the weight moves or changes in place. Only a change through `.data` goes unseen."""
+    is not read any more once the weight moves or changes in place. Only a change through `.data` goes unseen; a tensor
+    made in inference mode, whose changes PyTorch does not count, is not laid out."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._panels = prepare(weight)
-        self._of = self._state(weight)
+        self._panels = None if weight.is_inference() else prepare(weight)
+        self._of = (0, 0) if self._panels is None else self._state(weight)
 
     @staticmethod
     def _state(weight: Tensor) -> tuple[int, int]:

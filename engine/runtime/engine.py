@@ -111,11 +111,12 @@ class Engine:
         start = time.perf_counter()
         dtype = _precision(precision, device)
         folder = find_checkpoint(path_or_name)
-        model, report = load_checkpoint(folder)
-        model = model.to(device, dtype)
-        if precision == "int8":
-            use_int8(model)
-        model.prepare()
+        with torch.inference_mode(False):  # a caller's: tensors made in it count no changes, and are never prepared
+            model, report = load_checkpoint(folder)
+            model = model.to(device, dtype)
+            if precision == "int8":
+                use_int8(model)
+            model.prepare()
         engine = cls(model, Processor.from_folder(folder), model.config.name, report)
         engine.load_seconds = time.perf_counter() - start
         return engine

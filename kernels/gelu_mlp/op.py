@@ -23,7 +23,7 @@ from torch import Tensor
 
 from miss.kernels import extension
 from miss.kernels.gelu_mlp import reference, torch_impl
-from miss.kernels.linear.op import CPU_DTYPES, check_shapes, gradient_limits, of_dtype, product_limits
+from miss.kernels.linear.op import CPU_DTYPES, check_dtypes, check_shapes, gradient_limits, of_dtype, product_limits
 from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
 
 
@@ -107,6 +107,7 @@ def gelu_mlp(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | No
     """
     check_shapes("gelu_mlp", x, weight, bias)
     x, bias = autocast_to(x, bias)
+    check_dtypes("gelu_mlp", x, weight)
     keep = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )

@@ -4,8 +4,8 @@ Knows its formula, its gradient and who computes it; does not know which layer a
 
     y = x @ weight.T + bias + residual        x (…, K)  weight (N, K)  bias (N,) or None  residual (…, N) or None
 
-y in x's dtype, products accumulated in float32 (float64 in float64). A weight of another dtype is rounded to x's on the
-way into the product, and its gradient is of its own dtype: under autocast all but the weight take the autocast dtype,
+y in x's dtype, products accumulated in float32 (float64 in float64). A float32 weight is rounded to a half x's dtype on
+the way into the product, and its gradient is float32: under autocast all but the weight take the autocast dtype,
 and no rounded copy of the weight or of its gradient is made (5 % of a finetuning step).
 
 `panels` is what `prepare(weight)` returned: the weight laid out for a kernel, which spares that work at every call. It
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from miss.kernels import extension
 from miss.kernels.linear import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, HALVES, Impl, Op, autocast_to, lazy
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
 LEAST_ROWS = 64  # from which laying out a weight (2 to 4 % of the product of 577 rows) is repaid in the same call
@@ -137,13 +137,14 @@ def linear(
         panels: `prepare(weight)`, of x's dtype; ignored where x is cast by autocast.
 
     Raises:
-        ValueError: weight, bias or residual does not fit x.
+        ValueError: weight, bias or residual does not fit x, or the weight would have to be rounded up to x's dtype.
     """
     check_shapes("linear", x, weight, bias)
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         shape = (*x.shape[:-1], weight.shape[0])
         raise ValueError(f"linear: residual is {tuple(residual.shape)}; wanted {shape}, the result's shape")
     x, bias, residual = autocast_to(x, bias, residual)
+    check_dtypes("linear", x, weight)
     return FORWARD.call(_forward, x, weight, bias, residual, of_dtype(panels, x))
 
 
@@ -154,6 +155,12 @@ def check_shapes(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> N
             f"{name}: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
             f"bias {None if bias is None else tuple(bias.shape)}; wanted x (…, K), weight (N, K), bias (N,)"
         )
+
+
+def check_dtypes(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raises ValueError unless the weight is of x's dtype, or float32 where x is a half."""
+    if weight.dtype != x.dtype and not (weight.dtype == torch.float32 and x.dtype in HALVES):
+        raise ValueError(f"{name}: x is {x.dtype}, the weight {weight.dtype}; wanted one dtype, or a float32 weight")
 
 
 def of_dtype(panels: Tensor | None, x: Tensor) -> Tensor | None:

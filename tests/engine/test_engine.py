@@ -44,6 +44,16 @@ def test_an_answer_carries_what_it_says(engine, images):
     assert answer.seconds["total"] >= answer.seconds["image"] > 0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_loaded_inside_inference_mode(folder, images, precision):
+    """The weights are prepared all the same, and the answer is that of an engine that was loaded outside."""
+    with torch.inference_mode():
+        inside = Engine.load(folder, precision)
+        answer = inside.answer(images[0], "is there a mass?")
+    wanted = Engine.load(folder, precision).answer(images[0], "is there a mass?")
+    assert answer.token_ids == wanted.token_ids and answer.logprob == wanted.logprob
+
+
 def test_path_bytes_and_pixels_are_the_same_image(engine, images):
     ways = [images[0], str(images[0]), images[0].read_bytes(), decode_image(images[0])]
     answers = [engine.answer(way, "is there a mass?") for way in ways]

@@ -141,6 +141,14 @@ def test_bad_arguments():
             linear(*bad)
 
 
+def test_dtypes_that_do_not_go_together():
+    x, w, b, _ = tensors((70,), 8, 6)
+    for call in (lambda x, w: linear(x, w), lambda x, w: gelu_mlp(x, w, None)):
+        for wrong in ((x, w.bfloat16()), (x.bfloat16(), w.double()), (x.double(), w)):
+            with pytest.raises(ValueError, match="wanted one dtype"):
+                call(*wrong)
+
+
 def test_opcheck():
     x, w, b, residual = (t.requires_grad_() for t in tensors((4, 3), 8, 6))
     torch.library.opcheck(op._forward, (x, w, b, residual, None))
