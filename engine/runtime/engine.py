@@ -17,7 +17,8 @@ import torch
 from miss.engine.data.images import ImageSource, decode_image
 from miss.engine.data.processor import Processor
 from miss.engine.runtime.generate import Generated, generate
-from miss.engine.runtime.sampler import Hypothesis, SamplingParams
+from miss.engine.runtime.sampler import SamplingParams
+from miss.engine.runtime.search import Hypothesis
 from miss.models.quantized import use_int8
 from miss.models.vqa import MissVQA
 from miss.models.weights import LoadReport, load_checkpoint

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from miss.engine.runtime.sampler import BeamSearch, Hypothesis
+from miss.engine.runtime.sampler import BeamSearch
+from miss.engine.runtime.search import Hypothesis
 from miss.models.cache import KVCache
 from miss.models.vqa import MissVQA
 

@@ -5,6 +5,7 @@ Knows log-probabilities and hypotheses; does not know models, caches or text.
 
 from dataclasses import dataclass, field
 
+from miss.engine.runtime.search import Hypothesis
 from miss.models.config import Behaviour
 
 
@@ -27,24 +28,6 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}: got {value!r}; wanted a whole number of at least {least}")
-
-
-@dataclass
-class Hypothesis:
-    """An answer in the making.
-
-    token_ids: what was generated after [DEC], the closing [SEP] included once finished.
-    logprob: the sum of the tokens' log-probabilities under the full vocabulary's softmax.
-    beam_score: the original's length-normalised rank, `compat` beams only.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    logprob: float = 0.0
-    finished: bool = False
-    beam_score: float | None = None
-
-    def extended(self, token: int, logprob: float, sep: int) -> "Hypothesis":
-        return Hypothesis([*self.token_ids, token], self.logprob + logprob, token == sep)
 
 
 @dataclass
