@@ -99,6 +99,32 @@ class AnswerDecoder(nn.Module):
         logits, ids, total = linear_top_k(self.head(x), table, self.head.bias, num_best, panels)
         return logits - total[:, None], ids
 
+    def tree(
+        self,
+        ids: Tensor,
+        depths: Tensor,
+        ancestors: Tensor,
+        question_kv: list[KV],
+        question_index: Tensor,
+        question_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The nodes of packed trees of answers, teacher-forced in one pass -> what the vocabulary matrix is multiplied
+        with, (N, C), as `states` gives it.
+
+        Args:
+            ids: int64 (N,): [DEC] at a root, below it the answers' tokens.
+            depths: int64 (N,): the positions of their tokens, 0 at a root.
+            ancestors: int32 (N, L): the rows from the root to the node itself, filled up with -1.
+            question_kv: per layer K and V (Q, T, H, D).
+            question_index: int32 (N,), non-decreasing: whose answers a node belongs to.
+            question_lengths: int32 (Q,).
+        """
+        x = self.embeddings(ids, depths)
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, TextLayer)
+            x = layer.tree(x, ancestors, question_kv[i], question_index, question_lengths)
+        return self.head(x)
+
     def logits(self, x: Tensor) -> Tensor:
         """States (…, C) to logits (…, V)."""
         return linear(self.head(x), self.embeddings.word.weight, self.head.bias)

@@ -3,6 +3,8 @@
 Knows log-probabilities and hypotheses; does not know models, caches or text.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from miss.engine.runtime.search import Hypothesis
@@ -16,18 +18,84 @@ class SamplingParams:
     num_beams: 1 is greedy.
     max_new_tokens: the closing [SEP] included.
     num_alternatives: how many other answers are reported. Greedy completes the next-best first tokens; beam search
-        reports its other hypotheses, so it has at most `num_beams - 1`.
+        reports its other hypotheses, so it has at most `num_beams - 1`; sampling draws so many more answers.
+    temperature: 0 chooses the likeliest token; above it tokens are drawn, and the logits divided by it before.
+    top_p, top_k: sampling only from the likeliest tokens that reach this share; from the k likeliest (0: from all).
+    seed: of sampling; the same seed gives the same answer, whatever else is answered. None draws one.
+    candidates: answers to rank: each is scored in full, the likeliest is the answer.
+    constrain: the only answers allowed: chosen token by token, by probabilities renormalised over what is allowed.
+    jump_forward: under a constraint, tokens without an alternative cost no step; changes no answer.
+    logprob_unconstrained: under a constraint, also the log-probability under the full vocabulary's softmax.
     """
 
     num_beams: int | None = None
     max_new_tokens: int | None = None
     num_alternatives: int = 2
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    candidates: tuple[str, ...] | None = None
+    constrain: tuple[str, ...] | None = None
+    jump_forward: bool = True
+    logprob_unconstrained: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("num_beams", 1), ("max_new_tokens", 1), ("num_alternatives", 0)):
+        """Raises ValueError for a value out of its range, or two that contradict each other."""
+        for name, least in (
+            ("num_beams", 1),
+            ("max_new_tokens", 1),
+            ("num_alternatives", 0),
+            ("top_k", 0),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name}: got {value!r}; wanted a whole number of at least {least}")
+        if not _number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: got {self.temperature!r}; wanted a number of at least 0")
+        if not _number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p!r}; wanted a number above 0, at most 1")
+        for name in ("candidates", "constrain"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        beams = self.num_beams is not None and self.num_beams > 1
+        cut = self.top_p < 1 or self.top_k > 0 or self.seed is not None
+        for wrong, message in (
+            (self.candidates and self.constrain, "candidates together with constrain; give one of them"),
+            (
+                self.candidates and self.temperature,
+                "candidates together with a temperature; they are ranked, not drawn",
+            ),
+            (self.constrain and self.temperature, "constrain together with a temperature; it takes the likeliest"),
+            (self.candidates and beams, "candidates together with num_beams; they are ranked, each in full"),
+            (self.constrain and beams, "constrain together with num_beams; it is greedy"),
+            (self.temperature and beams, "a temperature together with num_beams; give one of them"),
+            (cut and not self.temperature, "top_p, top_k or seed without a temperature; wanted a temperature above 0"),
+            (self.logprob_unconstrained and not self.constrain, "logprob_unconstrained without constrain; give both"),
+        ):
+            if wrong:
+                raise ValueError(f"got {message}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _texts(name: str, given: object) -> tuple[str, ...]:
+    """A list of answers as a tuple."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"{name}: got {given!r}; wanted a list of answers")
+    texts = tuple(given)
+    if not texts:
+        raise ValueError(f"{name}: got an empty list; wanted at least one answer")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name}: got {text!r} among the answers; wanted texts that are not empty")
+    return texts
 
 
 @dataclass
