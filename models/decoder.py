@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from miss.kernels.cross_attention import KV
 from miss.kernels.linear import linear
 from miss.kernels.linear_top_k import linear_top_k
+from miss.kernels.registry import accumulator
 from miss.models.cache import KVCache
 from miss.models.config import TextConfig
 from miss.models.cross_kv import CrossKV
@@ -94,10 +95,20 @@ class AnswerDecoder(nn.Module):
             x = layer.step(
                 x, cache.layer(i), slots, positions, cache.question(i), question_index, cache.question_lengths
             )
+        return self.best(self.head(x), num_best)[:2]
+
+    def best(self, states: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-probabilities (R, num_best), ids (R, num_best), log-sum-exp (R,)) of states (R, C) behind the head."""
         table = self.embeddings.word.weight
         panels = None if self._vocabulary is None else self._vocabulary.of(table)
-        logits, ids, total = linear_top_k(self.head(x), table, self.head.bias, num_best, panels)
-        return logits - total[:, None], ids
+        logits, ids, total = linear_top_k(states, table, self.head.bias, num_best, panels)
+        return logits - total[:, None], ids, total
+
+    def logits_at(self, states: Tensor, ids: Tensor) -> Tensor:
+        """Logits (R, A) of chosen words ids (R, A) of states (R, C) behind the head."""
+        dtype = accumulator(states.dtype)
+        rows = self.embeddings.word(ids).to(dtype)
+        return (rows @ states.to(dtype)[..., None])[..., 0] + self.head.bias[ids].to(dtype)
 
     def tree(
         self,
@@ -125,6 +136,6 @@ class AnswerDecoder(nn.Module):
             x = layer.tree(x, ancestors, question_kv[i], question_index, question_lengths)
         return self.head(x)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """States (…, C) to logits (…, V)."""
-        return linear(self.head(x), self.embeddings.word.weight, self.head.bias)
+    def logits(self, states: Tensor) -> Tensor:
+        """States (…, C) behind the head to logits (…, V)."""
+        return linear(states, self.embeddings.word.weight, self.head.bias)

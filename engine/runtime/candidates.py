@@ -7,8 +7,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from miss.engine.data.processor import Processor, clean_text
+from miss.engine.runtime.candidate_tree import CandidateTree
 from miss.engine.runtime.trie import AnswerTrie
 
 _REMEMBERED = 16  # lists: a service asks with few, again and again
@@ -52,6 +54,11 @@ class Candidates:
                 warnings.append(f"the answer {text!r} holds characters that are not in the vocabulary")
             seen.setdefault(ids, text)
         return cls(list(seen.values()), AnswerTrie.build(seen, processor.sep), warnings)
+
+    @cached_property
+    def tree(self) -> CandidateTree:
+        """What ranks them."""
+        return CandidateTree(self.trie, self.trie.answers[0][-1])
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The answer as it was given.

@@ -94,7 +94,8 @@ class Constrained:
 
     def _note_others(self, best: int, renormalised: np.ndarray) -> None:
         """Those that are forced after this choice; only as many as can be reported, the root may have a thousand."""
-        tokens, worth = self.trie.tokens(self._node), []
+        tokens = self.trie.tokens(self._node)
+        worth: list[Hypothesis] = []
         for choice in np.argsort(-renormalised, kind="stable").tolist():
             if len(worth) == self.num_alternatives:
                 break
