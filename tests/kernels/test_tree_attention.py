@@ -26,7 +26,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, ancestors: list[list[int]]) -> Tensor
 
 def padded(ancestors: list[list[int]], dtype: torch.dtype = torch.int32) -> Tensor:
     longest = max(map(len, ancestors), default=0)
-    return torch.tensor([[*a, *[-1] * (longest - len(a))] for a in ancestors], dtype=dtype).view(-1, longest)
+    return torch.tensor([[*a, *[-1] * (longest - len(a))] for a in ancestors], dtype=dtype).view(
+        len(ancestors), longest
+    )
 
 
 def tree(num_nodes: int, seed: int = 0) -> list[list[int]]:
