@@ -221,8 +221,13 @@ class TextLayer(nn.Module):
     def tree(self, x: Tensor, ancestors: Tensor, source: KV, index: Tensor, source_lengths: Tensor | None) -> Tensor:
         """Nodes of packed trees through the layer: x (N, C) -> (N, C)."""
         x, _ = self.self_attention.norm.add(self.self_attention.tree(x, ancestors), x)
-        read = self.cross_attention(x[:, None], source, index, source_lengths)[:, 0]
-        x, _ = self.cross_attention.norm.add(read, x)
+        return self.after_self_attention(x[:, None], source, index, source_lengths)[:, 0]
+
+    def after_self_attention(
+        self, x: Tensor, source: KV, index: Tensor, source_lengths: Tensor | None = None
+    ) -> Tensor:
+        """The rest of the layer, without dropout: x (R, T, C) -> the same shape."""
+        x, _ = self.cross_attention.norm.add(self.cross_attention(x, source, index, source_lengths), x)
         return self._mlp(x, None)
 
     def _mlp(self, x: Tensor, seed: int | None) -> Tensor:
