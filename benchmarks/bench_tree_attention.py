@@ -56,5 +56,5 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, ancestors: Tensor) -> Bound:
     """Dense attention of all nodes under a mask that is made once."""
     nodes = torch.arange(len(q), device=q.device)
     mask = (ancestors[:, :, None] == nodes).any(1)
-    heads = [t.transpose(0, 1)[None] for t in (q, k, v)]
-    return lambda: F.scaled_dot_product_attention(*heads, mask)[0].transpose(0, 1)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return lambda: F.scaled_dot_product_attention(q, k, v, mask)[0].transpose(0, 1)

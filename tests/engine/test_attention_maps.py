@@ -80,8 +80,9 @@ def test_a_map_follows_what_is_looked_at(tmp_path, vocabulary):
     model, processor = engine.model, engine.processor
     ids, answer = processor.question("is there a mass?"), processor.answer("no")[1:]
     looking = [model.encoder.layers[i].cross_attention for i in last_half(model.config.encoder.num_layers)]
-    for layer in looking:
-        layer.query.weight.data.zero_()  # every query is the bias
+    with torch.no_grad():
+        for layer in looking:
+            layer.query.weight.zero_()  # every query is the bias
     project, found = model.project_images, []
     for patch in (0, 3):
 
