@@ -109,8 +109,9 @@ def draw(maps: AttentionMaps, image: np.ndarray, path: Path, question: str, answ
     most = float(maps.maps.max()) * 100
     for panel, token, seen in zip(panels[1:], maps.tokens, maps.maps, strict=False):
         panel.imshow(image, extent=extent)
+        alpha = 0.75 * seen * 100 / most  # what is hardly looked at stays visible as it is
         shown = panel.imshow(
-            seen * 100, cmap="inferno", alpha=0.6, vmin=0, vmax=most, extent=extent, interpolation="bilinear"
+            seen * 100, cmap="inferno", alpha=alpha, vmin=0, vmax=most, extent=extent, interpolation="bilinear"
         )
         panel.set_title(_plain(token))
     figure.colorbar(shown, ax=panels.tolist(), label="% of attention, a patch", shrink=0.8)
