@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from miss.kernels.cross_attention import KV
 from miss.kernels.linear import linear
 from miss.kernels.linear_top_k import linear_top_k
-from miss.kernels.registry import accumulator
 from miss.models.cache import KVCache
 from miss.models.config import TextConfig
 from miss.models.cross_kv import CrossKV
@@ -71,17 +70,13 @@ class AnswerDecoder(nn.Module):
         """For inference: lays the vocabulary's matrix out once instead of at every step."""
         self._vocabulary = Panels(self.embeddings.word.weight)
 
-    def step(
-        self,
-        tokens: Tensor,
-        cache: KVCache,
-        slots: Tensor,
-        positions: Tensor,
-        question_index: Tensor,
-        num_best: int,
-    ) -> tuple[Tensor, Tensor]:
-        """One more token a row -> the best next tokens: log-probabilities (R, num_best), float32 (float64 in float64),
-        descending, under the full vocabulary's softmax; ids int64 (R, num_best).
+    def states(
+        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, question_index: Tensor
+    ) -> Tensor:
+        """One token a row through all layers -> (R, C), what the vocabulary's matrix is multiplied with.
+
+        Rows of one slot may come at successive positions in one call: all keys and values of the call are written
+        before any row attends, and a row attends to positions up to its own.
 
         Args:
             tokens: int64 (R,), written to the cache.
@@ -95,20 +90,29 @@ class AnswerDecoder(nn.Module):
             x = layer.step(
                 x, cache.layer(i), slots, positions, cache.question(i), question_index, cache.question_lengths
             )
-        return self.best(self.head(x), num_best)[:2]
+        return self.head(x)  # type: ignore[no-any-return]
 
     def best(self, states: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-probabilities (R, num_best), ids (R, num_best), log-sum-exp (R,)) of states (R, C) behind the head."""
+        """The best next tokens after `states` (R, C), under the full vocabulary's softmax: log-probabilities
+        (R, num_best), descending, and ids int64 (R, num_best); the logits' log-sum-exp (R,). float32 (float64 in
+        float64)."""
         table = self.embeddings.word.weight
         panels = None if self._vocabulary is None else self._vocabulary.of(table)
         logits, ids, total = linear_top_k(states, table, self.head.bias, num_best, panels)
         return logits - total[:, None], ids, total
 
-    def logits_at(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Logits (R, A) of chosen words ids (R, A) of states (R, C) behind the head."""
-        dtype = accumulator(states.dtype)
-        rows = self.embeddings.word(ids).to(dtype)
-        return (rows @ states.to(dtype)[..., None])[..., 0] + self.head.bias[ids].to(dtype)
+    def step(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        positions: Tensor,
+        question_index: Tensor,
+        num_best: int,
+    ) -> tuple[Tensor, Tensor]:
+        """`states`, then `best`: log-probabilities and ids (R, num_best) of the best next tokens."""
+        logprobs, ids, _ = self.best(self.states(tokens, cache, slots, positions, question_index), num_best)
+        return logprobs, ids
 
     def tree(
         self,
@@ -137,5 +141,15 @@ class AnswerDecoder(nn.Module):
         return self.head(x)
 
     def logits(self, states: Tensor) -> Tensor:
-        """States (…, C) behind the head to logits (…, V)."""
-        return linear(states, self.embeddings.word.weight, self.head.bias)
+        """States (…, C), as `states` and `head` give them, to logits (…, V); float32 unless in float64."""
+        return accumulated(linear(states, self.embeddings.word.weight, self.head.bias))
+
+    def logits_at(self, states: Tensor, ids: Tensor) -> Tensor:
+        """The logits (R, A) of words `ids` int64 (R, A) alone after `states` (R, C); float32 unless in float64."""
+        words = accumulated(self.embeddings.word.weight[ids])
+        return (words @ accumulated(states)[:, :, None])[:, :, 0] + accumulated(self.head.bias[ids])
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """In the dtype that sums are kept in: float32, or float64 in float64."""
+    return x if x.dtype == torch.float64 else x.float()

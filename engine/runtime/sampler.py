@@ -1,14 +1,12 @@
-"""How a next token is chosen: greedy with alternatives, and beam search in two behaviours.
+"""How a next token is chosen: what a caller may ask, greedy with alternatives, and beam search in two behaviours.
 
 Knows log-probabilities and hypotheses; does not know models, caches or text.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from miss.engine.runtime.search import Hypothesis
-from miss.models.config import Behaviour
+from miss.engine.runtime.search import Choice, Feed, Hypothesis, Search, Wants
+from miss.models.config import Behaviour, MissConfig
 
 
 @dataclass(frozen=True)
@@ -18,14 +16,14 @@ class SamplingParams:
     num_beams: 1 is greedy.
     max_new_tokens: the closing [SEP] included.
     num_alternatives: how many other answers are reported. Greedy completes the next-best first tokens; beam search
-        reports its other hypotheses, so it has at most `num_beams - 1`; sampling draws so many more answers.
-    temperature: 0 chooses the likeliest token; above it tokens are drawn, and the logits divided by it before.
-    top_p, top_k: sampling only from the likeliest tokens that reach this share; from the k likeliest (0: from all).
-    seed: of sampling; the same seed gives the same answer, whatever else is answered. None draws one.
-    candidates: answers to rank: each is scored in full, the likeliest is the answer.
-    constrain: the only answers allowed: chosen token by token, by probabilities renormalised over what is allowed.
-    jump_forward: under a constraint, tokens without an alternative cost no step; changes no answer.
-    logprob_unconstrained: under a constraint, also the log-probability under the full vocabulary's softmax.
+        reports its other hypotheses, so it has at most `num_beams - 1`.
+    temperature: 0 takes the likeliest token; above 0 tokens are drawn from logits divided by it.
+    top_p, top_k: of a draw, only the likeliest tokens that together have this probability, or that many (0: all).
+    seed: of the draws, so that they can be repeated; None takes a new one.
+    candidates: the answers to rank; nothing else is answered. Doubles count once.
+    constrain: the answers that may be generated, one of which is. Doubles count once.
+    jump_forward: under a constraint, tokens that are forced are not asked for one by one; the answer is the same.
+    logprob_unconstrained: under a constraint, report the log-probability under the full vocabulary, too.
     """
 
     num_beams: int | None = None
@@ -41,7 +39,6 @@ class SamplingParams:
     logprob_unconstrained: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value out of its range, or two that contradict each other."""
         for name, least in (
             ("num_beams", 1),
             ("max_new_tokens", 1),
@@ -52,50 +49,106 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name}: got {value!r}; wanted a whole number of at least {least}")
-        if not _number(self.temperature) or not 0 <= self.temperature < math.inf:
+        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: got {self.temperature!r}; wanted a number of at least 0")
-        if not _number(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: got {self.top_p!r}; wanted a number above 0, at most 1")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p!r}; wanted a number above 0, up to 1")
         for name in ("candidates", "constrain"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _texts(name, getattr(self, name)))
+            self._check_list(name)
         self._check_together()
 
+    def _check_list(self, name: str) -> None:
+        texts = getattr(self, name)
+        if texts is None:
+            return
+        if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{name}: got {texts!r}; wanted a list of texts, none of them empty")
+        if not texts:
+            raise ValueError(f"{name}: got an empty list; wanted at least one answer to choose from")
+        object.__setattr__(self, name, tuple(dict.fromkeys(texts)))
+
     def _check_together(self) -> None:
-        beams = self.num_beams is not None and self.num_beams > 1
-        cut = self.top_p < 1 or self.top_k > 0 or self.seed is not None
-        for wrong, message in (
-            (self.candidates and self.constrain, "candidates together with constrain; give one of them"),
-            (
-                self.candidates and self.temperature,
-                "candidates together with a temperature; they are ranked, not drawn",
-            ),
-            (self.constrain and self.temperature, "constrain together with a temperature; it takes the likeliest"),
-            (self.candidates and beams, "candidates together with num_beams; they are ranked, each in full"),
-            (self.constrain and beams, "constrain together with num_beams; it is greedy"),
-            (self.temperature and beams, "a temperature together with num_beams; give one of them"),
-            (cut and not self.temperature, "top_p, top_k or seed without a temperature; wanted a temperature above 0"),
-            (self.logprob_unconstrained and not self.constrain, "logprob_unconstrained without constrain; give both"),
-        ):
-            if wrong:
-                raise ValueError(f"got {message}")
+        beams = (self.num_beams or 1) > 1
+        asked = {
+            "candidates": self.candidates is not None,
+            "constrain": self.constrain is not None,
+            f"temperature {self.temperature}": self.temperature > 0,
+            f"num_beams {self.num_beams}": beams,
+        }
+        together = [name for name, is_asked in asked.items() if is_asked]
+        if len(together) > 1:
+            raise ValueError(
+                f"got {' together with '.join(together)}; give one of them: each chooses answers its own way"
+            )
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise ValueError(
+                f"got top_p {self.top_p}, top_k {self.top_k} at temperature 0; wanted a temperature above 0"
+            )
+        if self.logprob_unconstrained and self.constrain is None:
+            raise ValueError("got logprob_unconstrained without constrain; wanted both, or neither")
 
 
-def _number(value: object) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _texts(name: str, given: object) -> tuple[str, ...]:
-    """A list of answers as a tuple."""
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ValueError(f"{name}: got {given!r}; wanted a list of answers")
-    texts = tuple(given)
-    if not texts:
-        raise ValueError(f"{name}: got an empty list; wanted at least one answer")
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name}: got {text!r} among the answers; wanted texts that are not empty")
-    return texts
+def make_search(params: SamplingParams, config: MissConfig) -> Search:
+    """The search that answers one request as `params` ask.
+
+    Raises:
+        ValueError: nothing here chooses answers that way.
+    """
+    tokens, longest = config.tokens, params.max_new_tokens or config.generation.max_new_tokens
+    if params.temperature > 0 or params.candidates is not None or params.constrain is not None:
+        raise ValueError(
+            "this engine chooses answers greedily or by beams; leave temperature, candidates, constrain out"
+        )
+    width = params.num_beams or config.generation.num_beams
+    if width == 1:
+        return Greedy(tokens.dec, tokens.sep, longest, params.num_alternatives)
+    return Beams(tokens.dec, BeamSearch(width, tokens.sep, config.behaviour), longest)
+
+
+class Greedy:
+    """Branch 0 is the greedy answer; branch j starts with the (j+1)-th best first token and is greedy from there."""
+
+    streams = True
+
+    def __init__(self, dec: int, sep: int, max_new_tokens: int, num_alternatives: int = 0) -> None:
+        self.branches = 1 + num_alternatives
+        self._sep, self._left = sep, max_new_tokens
+        self._grown: list[Hypothesis] = []
+        self._feeds, self._wants = [Feed(0, (dec,))], Wants(num_best=self.branches)
+
+    @property
+    def done(self) -> bool:
+        return not self._feeds or self._left == 0
+
+    @property
+    def hypotheses(self) -> list[Hypothesis]:
+        return [*self._grown[:1], *sorted(self._grown[1:], key=lambda h: -h.logprob)]
+
+    def feed(self) -> list[Feed]:
+        return self._feeds
+
+    def wants(self) -> Wants:
+        return self._wants
+
+    def advance(self, choices: list[Choice]) -> list[tuple[int, int]]:
+        copies: list[tuple[int, int]] = []
+        if not self._grown:
+            best = choices[0].best[: self.branches]  # fewer where the vocabulary has no more
+            self._grown = [Hypothesis().extended(token, logprob, self._sep) for token, logprob in best]
+            active = list(range(len(self._grown)))
+            copies = [(0, branch) for branch in active[1:] if not self._grown[branch].finished]
+            self._wants = Wants(num_best=1)
+        else:
+            active = [feed.branch for feed in self._feeds]
+            for branch, choice in zip(active, choices, strict=True):
+                self._grown[branch] = self._grown[branch].extended(*choice.best[0], self._sep)
+        self._left -= 1
+        self._feeds = [Feed(b, (self._grown[b].token_ids[-1],)) for b in active if not self._grown[b].finished]
+        return [] if self.done else copies
 
 
 @dataclass
@@ -160,3 +213,45 @@ class BeamSearch:
         if self.behaviour == "compat":
             return worst >= best / length
         return worst >= max(h.logprob for h in self.open)
+
+
+class Beams:
+    """A `BeamSearch` whose beam b lives in branch b; all of them read the question's one state."""
+
+    streams = False
+
+    def __init__(self, dec: int, search: BeamSearch, max_new_tokens: int) -> None:
+        self.branches = search.num_beams
+        self._dec, self._search, self._left = dec, search, max_new_tokens
+        self._wants = Wants(num_best=2 * search.num_beams)
+        self._finished: list[Hypothesis] | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._finished is not None
+
+    @property
+    def hypotheses(self) -> list[Hypothesis]:
+        return self._search.open if self._finished is None else self._finished
+
+    def feed(self) -> list[Feed]:
+        return [Feed(b, ((h.token_ids or [self._dec])[-1],)) for b, h in enumerate(self._search.open)]
+
+    def wants(self) -> Wants:
+        return self._wants
+
+    def advance(self, choices: list[Choice]) -> list[tuple[int, int]]:
+        count = self._wants.num_best
+        options = [
+            (beam, token, logprob)
+            for beam, choice in enumerate(choices)
+            for token, logprob in choice.best[:count]  # of each beam's own best: no others can be among all beams' best
+        ]
+        so_far = [hypothesis.logprob for hypothesis in self._search.open]
+        options.sort(key=lambda option: so_far[option[0]] + option[2], reverse=True)
+        parents = self._search.advance(options[:count])
+        self._left -= 1
+        if self._search.done or self._left == 0:
+            self._finished = self._search.finish()
+            return []
+        return [(parent, beam) for beam, parent in enumerate(parents) if parent != beam]

@@ -46,7 +46,7 @@ def test_json_is_one_object_a_question(checkpoint, images, capsys):
     assert run(["answer", *flags, "--json"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(records) == 2 and all(KEYS <= set(r) for r in records)
-    assert set(records[0]["seconds"]) == {"load", "image", "question", "decode", "total"}
+    assert set(records[0]["seconds"]) == {"load", "image", "queue", "question", "decode", "total"}
 
 
 def test_text_shows_score_alternatives_model_and_notice(checkpoint, images, capsys):
