@@ -199,7 +199,7 @@ class Engine:
                 request.answer = make_answer(
                     request.search.hypotheses,
                     request.params.num_alternatives,
-                    self.processor.decode,
+                    self.processor.decode if request.candidates is None else request.candidates.text,
                     request.seconds(),
                     request.warnings,
                 )

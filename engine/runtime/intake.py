@@ -7,6 +7,7 @@ import itertools
 import time
 
 from miss.engine.data.processor import Processor
+from miss.engine.runtime.candidates import CandidateLists, Candidates
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.image_cache import ImageCache
 from miss.engine.runtime.image_source import Image, ImageReader
@@ -32,6 +33,7 @@ class Intake:
         self.processor, self.model, self.limits = processor, model, limits
         self.scheduler, self.images = scheduler, images
         self.reader = ImageReader(processor, stamp)
+        self.lists = CandidateLists(processor)
         self._ids = itertools.count()
 
     def request(self, image: Image, question: str, params: SamplingParams, timeout: float | None) -> Request:
@@ -42,7 +44,8 @@ class Intake:
         arrived = time.monotonic()
         if timeout is not None and not timeout > 0:
             raise InvalidRequest(f"timeout: got {timeout!r}; wanted a number of seconds above 0, or None")
-        search = self._search(params)
+        candidates = self._candidates(params)
+        search = self._search(params, candidates)
         asked = self.processor.encode_question(question)
         request = Request(
             id=next(self._ids),
@@ -50,14 +53,26 @@ class Intake:
             question_ids=asked.ids,
             params=params,
             search=search,
+            candidates=candidates,
             deadline=None if timeout is None else arrived + timeout,
-            warnings=asked.warnings,
+            warnings=asked.warnings + (candidates.warnings if candidates else []),
             arrived=arrived,
         )
         request.prepared = time.monotonic()
         return request
 
-    def _search(self, params: SamplingParams) -> Search:
+    def _candidates(self, params: SamplingParams) -> Candidates | None:
+        """The list that is ranked or allowed, tokenised. An answer in it may be as long as slots are, whatever the
+        checkpoint's usual length is; where the caller says a length, it holds."""
+        texts = params.candidates or params.constrain
+        if texts is None:
+            return None
+        try:
+            return self.lists.get(texts, params.max_new_tokens or self.scheduler.slots.cache.answer_length)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+
+    def _search(self, params: SamplingParams, candidates: Candidates | None) -> Search:
         longest, room = params.max_new_tokens, self.scheduler.slots.cache.answer_length
         longest = longest or self.model.generation.max_new_tokens
         if longest > room:
@@ -65,10 +80,7 @@ class Intake:
                 f"max_new_tokens: got {longest}; this engine's answers have up to {room} tokens "
                 f"(EngineConfig.answer_length)"
             )
-        try:
-            search = make_search(params, self.model)
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from error
+        search = make_search(params, self.model, candidates)
         if search.branches > self.limits.answer_slots:
             raise InvalidRequest(
                 f"the request wants {search.branches} answer slots, for its beams or alternatives; this engine has "

@@ -18,13 +18,42 @@ import torch
 from torch import Tensor
 
 from miss.engine.runtime.candidate_tree import MOST_NODES, CandidateTree, Part
-from miss.engine.runtime.search import Hypothesis
+from miss.engine.runtime.search import Choice, Feed, Hypothesis, Wants
 from miss.models.cache import KVCache
 from miss.models.vqa import MissVQA
 
 COMPAT_KEPT = 128  # k_test of the original
 COMPAT_SMOOTHING = 0.1
 _HEAD_ROWS = 512  # at a time: an implementation that makes logits makes 62 MB of them
+
+
+class Ranking:
+    """The search of a request that ranks: nothing is fed, it waits to be told how its candidates scored."""
+
+    branches = 0
+    streams = False
+
+    def __init__(self, tree: CandidateTree) -> None:
+        self.tree = tree
+        self.hypotheses: list[Hypothesis] = []
+
+    @property
+    def done(self) -> bool:
+        return bool(self.hypotheses)
+
+    def settle(self, ranked: list[Hypothesis]) -> None:
+        """Takes its candidates, best first."""
+        self.hypotheses = ranked
+
+    def feed(self) -> list[Feed]:
+        return []
+
+    def wants(self) -> Wants:
+        return Wants()
+
+    def advance(self, choices: list[Choice]) -> list[tuple[int, int]]:
+        assert not choices, "a ranking feeds nothing"
+        return []
 
 
 @dataclass(frozen=True)
@@ -51,7 +80,7 @@ def rank_questions(
         question_slots: where the questions' states are in the cache; any order.
         candidates: each question's list; the same object for the same list.
         question_lengths: int32 (slots of the cache,), where not the cache's: the original's ranking masks the padding
-            that its generation attends to.
+            that its generation attends to, so that it does not depend on the batch.
         most_nodes: of a pass, for questions together; a tree's parts have their own bound.
     """
     compat = model.config.behaviour == "compat"

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from miss.engine.runtime.answers import Answer
+from miss.engine.runtime.candidates import Candidates
 from miss.engine.runtime.sampler import SamplingParams
 from miss.engine.runtime.search import Search
 
@@ -74,7 +75,8 @@ class Request:
     """A question about an image, made by `Engine.add`.
 
     `answer` is set once `state` is answered, `error` once it is failed or cancelled. `deadline` and all times are those
-    of `time.monotonic`. question_slot and answer_slots (one a branch of the search) are its own while it runs.
+    of `time.monotonic`. candidates: the list that is ranked or allowed. question_slot and answer_slots (one a branch of
+    the search) are its own while it runs.
     """
 
     id: int
@@ -82,6 +84,7 @@ class Request:
     question_ids: list[int]
     params: SamplingParams
     search: Search
+    candidates: Candidates | None = None
     deadline: float | None = None
     warnings: list[str] = field(default_factory=list)
     on_token: "Callable[[Request], None] | None" = None

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from miss.engine.runtime.faults import survive
 from miss.engine.runtime.image_cache import ImageCache
+from miss.engine.runtime.ranker import Ranking, rank_questions
 from miss.engine.runtime.request import Request, RequestImage
 from miss.engine.runtime.rows import Asked, RowTensors, answer_wants
-from miss.engine.runtime.search import Choice
+from miss.engine.runtime.search import Choice, Hypothesis
 from miss.engine.runtime.slots import Slots
 from miss.kernels.cross_attention import KV
 from miss.models.cross_kv import split_layers
@@ -93,9 +94,13 @@ class Runner:
 
     def decode(self, requests: Sequence[Request]) -> None:
         """One step of every request (sorted by question slot): its search's feeds through the model, what it wants to
-        know back, and the copies it asks for made in all layers at once."""
+        know back, and the copies it asks for made in all layers at once. Those that rank are done in one step."""
         moves: list[tuple[int, int]] = []
-        for request, choices in survive(requests, self._ask):
+        going = [request for request in requests if not request.search.done]  # one allowed answer: done before it began
+        for request, ranked in survive([r for r in going if isinstance(r.search, Ranking)], self._rank):
+            assert isinstance(request.search, Ranking)
+            request.search.settle(ranked)
+        for request, choices in survive([r for r in going if not isinstance(r.search, Ranking)], self._ask):
             try:
                 copies = request.search.advance(choices)
             except ValueError as error:  # of this request alone: probabilities that are none, say
@@ -103,6 +108,15 @@ class Runner:
                 continue
             moves += [(request.answer_slots[source], request.answer_slots[target]) for source, target in copies]
         self._copy(moves)
+
+    def _rank(self, requests: Sequence[Request]) -> list[list[Hypothesis]]:
+        """Every request's candidates, best first. The original's ranking masks a question's padding, unlike its
+        generation, so that the cache's lengths are not the questions' own there."""
+        lengths = self.slots.cache.question_lengths.clone()
+        slots = [request.question_slot for request in requests]
+        lengths[slots] = self._int32([len(request.question_ids) for request in requests])
+        trees = [request.search.tree for request in requests if isinstance(request.search, Ranking)]
+        return rank_questions(self.model, self.slots.cache, slots, trees, lengths)
 
     def _ask(self, requests: Sequence[Request]) -> list[list[Choice]]:
         """What each search wants to know, a choice a feed. Nothing but the cache's next positions is written, so that

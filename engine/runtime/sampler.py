@@ -5,6 +5,10 @@ Knows log-probabilities and hypotheses; does not know models, caches or text.
 
 from dataclasses import dataclass, field
 
+from miss.engine.runtime.candidates import Candidates
+from miss.engine.runtime.constrained import Constrained
+from miss.engine.runtime.ranker import Ranking
+from miss.engine.runtime.sampling import Sampling
 from miss.engine.runtime.search import Choice, Feed, Hypothesis, Search, Wants
 from miss.models.config import Behaviour, MissConfig
 
@@ -16,7 +20,8 @@ class SamplingParams:
     num_beams: 1 is greedy.
     max_new_tokens: the closing [SEP] included.
     num_alternatives: how many other answers are reported. Greedy completes the next-best first tokens; beam search
-        reports its other hypotheses, so it has at most `num_beams - 1`.
+        reports its other hypotheses, so it has at most `num_beams - 1`; sampling draws so many more; of candidates they
+        are the next best; under a constraint those whose probability is known without more work.
     temperature: 0 takes the likeliest token; above 0 tokens are drawn from logits divided by it.
     top_p, top_k: of a draw, only the likeliest tokens that together have this probability, or that many (0: all).
     seed: of the draws, so that they can be repeated; None takes a new one.
@@ -80,9 +85,10 @@ class SamplingParams:
             raise ValueError(
                 f"got {' together with '.join(together)}; give one of them: each chooses answers its own way"
             )
-        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k or self.seed is not None):
             raise ValueError(
-                f"got top_p {self.top_p}, top_k {self.top_k} at temperature 0; wanted a temperature above 0"
+                f"got top_p {self.top_p}, top_k {self.top_k}, seed {self.seed} at temperature 0; wanted a temperature "
+                "above 0, or none of them"
             )
         if self.logprob_unconstrained and self.constrain is None:
             raise ValueError("got logprob_unconstrained without constrain; wanted both, or neither")
@@ -92,20 +98,26 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def make_search(params: SamplingParams, config: MissConfig) -> Search:
+def make_search(params: SamplingParams, config: MissConfig, candidates: Candidates | None = None) -> Search:
     """The search that answers one request as `params` ask.
 
-    Raises:
-        ValueError: nothing here chooses answers that way.
+    Args:
+        candidates: of params.candidates or params.constrain, where there are any.
     """
     tokens, longest = config.tokens, params.max_new_tokens or config.generation.max_new_tokens
-    if params.temperature > 0 or params.candidates is not None or params.constrain is not None:
-        raise ValueError(
-            "this engine chooses answers greedily or by beams; leave temperature, candidates, constrain out"
-        )
+    others = params.num_alternatives
+    if params.candidates is not None:
+        assert candidates is not None, "candidates come tokenised"
+        return Ranking(candidates.tree)
+    if params.constrain is not None:
+        assert candidates is not None, "allowed answers come tokenised"
+        return Constrained(candidates.trie, tokens.dec, others, params.jump_forward, params.logprob_unconstrained)
+    if params.temperature > 0:
+        cut = params.temperature, params.top_k, params.top_p
+        return Sampling(tokens.dec, tokens.sep, longest, *cut, params.seed, others)
     width = params.num_beams or config.generation.num_beams
     if width == 1:
-        return Greedy(tokens.dec, tokens.sep, longest, params.num_alternatives)
+        return Greedy(tokens.dec, tokens.sep, longest, others)
     return Beams(tokens.dec, BeamSearch(width, tokens.sep, config.behaviour), longest)
 
 

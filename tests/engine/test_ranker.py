@@ -13,7 +13,7 @@ from miss.engine.runtime.trie import AnswerTrie
 from miss.models.cache import KVCache
 from miss.models.config import MissConfig, PreprocessConfig
 from miss.models.vqa import MissVQA
-from tests.engine.test_generate import TOKENS, images, questions, tiny_config
+from tests.engine.test_batch import TOKENS, images, questions, tiny_config
 
 
 def scattered(config: MissConfig, dtype: torch.dtype, seed: int = 3, size: float = 0.3) -> MissVQA:
@@ -42,7 +42,7 @@ class Asked:
         dtype = tokens.dtype
         self.slots = list(range(self.num))[::-1]
         self.cache = KVCache.allocate(model.config.decoder, 1, self.num, 1, ids.shape[1], dtype)
-        model.encode(tokens, index, ids, self.lengths, self.cache, torch.tensor(self.slots))
+        model.encode(model.project_images(tokens), index, ids, self.lengths, self.cache, torch.tensor(self.slots))
 
     @torch.no_grad()
     def truth(self, question: int, answer: tuple[int, ...], smoothing: float = 0.0) -> float:
@@ -135,7 +135,8 @@ def test_compat_can_mask_the_padding_that_generation_attends_to(model):
     alone.model, alone.slots = compat, [0]
     alone.cache = KVCache.allocate(compat.config.decoder, 1, 1, 1, 3, torch.float64)
     index = torch.zeros(1, dtype=torch.int32)
-    compat.encode(compat.encode_images(images(1)), index, ids[:1, :3], lengths[:1], alone.cache, torch.tensor([0]))
+    kv = compat.project_images(compat.encode_images(images(1)))
+    compat.encode(kv, index, ids[:1, :3], lengths[:1], alone.cache, torch.tensor([0]))
     wanted = rank_questions(compat, alone.cache, [0], [tree])[0][0]
     assert masked.beam_score == pytest.approx(wanted.beam_score, abs=1e-10)
     assert padded.beam_score != pytest.approx(wanted.beam_score, abs=1e-6)
