@@ -6,15 +6,19 @@ question at most 35 states, so that slots of full length cost less than the tabl
 Shapes: S answer slots (a beam each), Q question slots, L answer length, T question length, H heads, D head width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from miss.kernels.cross_attention import KV
 from miss.kernels.kv_cache import kv_reorder
 from miss.models.config import TextConfig
+
+_LINE = 64  # bytes of a cache line, at which tensors begin
 
 
 class LayerCache(NamedTuple):
@@ -50,11 +54,12 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "KVCache":
-        """Zeroed tensors; base in bf16 costs 36,864 bytes a cached position."""
+        """Zeroed tensors; base in bf16 costs 36,864 bytes a cached position. On CPU a page takes memory, and the time
+        to zero it, only once it is written: slots that are never used cost neither."""
         heads = (config.num_heads, config.hidden_size // config.num_heads)
 
         def make(rows: int, length: int) -> Tensor:
-            return torch.zeros(config.num_layers, rows, length, *heads, dtype=dtype, device=device)
+            return zeros((config.num_layers, rows, length, *heads), dtype, torch.device(device))
 
         return cls(
             make(num_slots, answer_length),
@@ -82,7 +87,20 @@ class KVCache:
             self.cross_v[i, slots, :length] = kv.v.to(self.cross_v.dtype)
         self.question_lengths[slots] = lengths.to(torch.int32)
 
-    def reorder(self, source: Tensor, target: Tensor) -> None:
-        """Copies answer slots `source` (R,) to `target` (R,) in every layer: beams that change their parent."""
-        for i in range(self.self_k.shape[0]):
-            kv_reorder(self.self_k[i], self.self_v[i], source, target)
+    def reorder(self, source: Tensor, target: Tensor, length: int | None = None) -> None:
+        """Copies answer slots `source` int32 (R,) to `target` (R,) in every layer, in one go: beams that change their
+        parent. `length`: of the slots' positions, only so many; None copies all."""
+        layers, slots = self.self_k.shape[:2]
+        first = torch.arange(layers, dtype=source.dtype, device=source.device)[:, None] * slots
+        k, v = (t.flatten(0, 1)[:, :length] for t in (self.self_k, self.self_v))
+        kv_reorder(k, v, (first + source).flatten(), (first + target).flatten())
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on CPU pages that take memory, and time, only once they are touched: `torch.zeros` writes all of them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    bytes_ = np.zeros(size + _LINE, np.uint8)
+    start = -bytes_.ctypes.data % _LINE
+    return torch.from_numpy(bytes_[start : start + size]).view(dtype).view(shape)

@@ -70,17 +70,13 @@ class AnswerDecoder(nn.Module):
         """For inference: lays the vocabulary's matrix out once instead of at every step."""
         self._vocabulary = Panels(self.embeddings.word.weight)
 
-    def step(
-        self,
-        tokens: Tensor,
-        cache: KVCache,
-        slots: Tensor,
-        positions: Tensor,
-        question_index: Tensor,
-        num_best: int,
-    ) -> tuple[Tensor, Tensor]:
-        """One more token a row -> the best next tokens: log-probabilities (R, num_best), float32 (float64 in float64),
-        descending, under the full vocabulary's softmax; ids int64 (R, num_best).
+    def states(
+        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, question_index: Tensor
+    ) -> Tensor:
+        """One token a row through all layers -> (R, C), what the vocabulary's matrix is multiplied with.
+
+        Rows of one slot may come at successive positions in one call: all keys and values of the call are written
+        before any row attends, and a row attends to positions up to its own.
 
         Args:
             tokens: int64 (R,), written to the cache.
@@ -94,11 +90,66 @@ class AnswerDecoder(nn.Module):
             x = layer.step(
                 x, cache.layer(i), slots, positions, cache.question(i), question_index, cache.question_lengths
             )
+        return self.head(x)  # type: ignore[no-any-return]
+
+    def best(self, states: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best next tokens after `states` (R, C), under the full vocabulary's softmax: log-probabilities
+        (R, num_best), descending, and ids int64 (R, num_best); the logits' log-sum-exp (R,). float32 (float64 in
+        float64)."""
         table = self.embeddings.word.weight
         panels = None if self._vocabulary is None else self._vocabulary.of(table)
-        logits, ids, total = linear_top_k(self.head(x), table, self.head.bias, num_best, panels)
-        return logits - total[:, None], ids
+        logits, ids, total = linear_top_k(states, table, self.head.bias, num_best, panels)
+        return logits - total[:, None], ids, total
 
-    def logits(self, x: Tensor) -> Tensor:
-        """States (…, C) to logits (…, V)."""
-        return linear(self.head(x), self.embeddings.word.weight, self.head.bias)
+    def step(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        positions: Tensor,
+        question_index: Tensor,
+        num_best: int,
+    ) -> tuple[Tensor, Tensor]:
+        """`states`, then `best`: log-probabilities and ids (R, num_best) of the best next tokens."""
+        logprobs, ids, _ = self.best(self.states(tokens, cache, slots, positions, question_index), num_best)
+        return logprobs, ids
+
+    def tree(
+        self,
+        ids: Tensor,
+        depths: Tensor,
+        ancestors: Tensor,
+        question_kv: list[KV],
+        question_index: Tensor,
+        question_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The nodes of packed trees of answers, teacher-forced in one pass -> what the vocabulary matrix is multiplied
+        with, (N, C), as `states` gives it.
+
+        Args:
+            ids: int64 (N,): [DEC] at a root, below it the answers' tokens.
+            depths: int64 (N,): the positions of their tokens, 0 at a root.
+            ancestors: int32 (N, L): the rows from the root to the node itself, filled up with -1.
+            question_kv: per layer K and V (Q, T, H, D).
+            question_index: int32 (N,), non-decreasing: whose answers a node belongs to.
+            question_lengths: int32 (Q,).
+        """
+        x = self.embeddings(ids, depths)
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, TextLayer)
+            x = layer.tree(x, ancestors, question_kv[i], question_index, question_lengths)
+        return self.head(x)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """States (…, C), as `states` and `head` give them, to logits (…, V); float32 unless in float64."""
+        return accumulated(linear(states, self.embeddings.word.weight, self.head.bias))
+
+    def logits_at(self, states: Tensor, ids: Tensor) -> Tensor:
+        """The logits (R, A) of words `ids` int64 (R, A) alone after `states` (R, C); float32 unless in float64."""
+        words = accumulated(self.embeddings.word.weight[ids])
+        return (words @ accumulated(states)[:, :, None])[:, :, 0] + accumulated(self.head.bias[ids])
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """In the dtype that sums are kept in: float32, or float64 in float64."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -14,6 +14,7 @@ from miss.kernels.decode_attention import decode_attention
 from miss.kernels.kv_cache import kv_append
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from miss.kernels.quant_linear import QuantRows
+from miss.kernels.tree_attention import tree_attention
 from miss.models.cache import LayerCache
 from miss.models.config import TextConfig
 from miss.models.linear import Linear, QuantLinear
@@ -128,6 +129,10 @@ class SelfAttention(nn.Module):
         kv_append(cache.k, cache.v, k, v, slots, positions)
         return self.output(decode_attention(q, cache.k, cache.v, slots, positions + 1).flatten(-2))
 
+    def tree(self, x: Tensor, ancestors: Tensor) -> Tensor:
+        """Nodes of packed trees x (N, C), each attending to its `ancestors` (N, L)."""
+        return self.output(tree_attention(*self.project(x), ancestors).flatten(-2))
+
 
 class TextSelfAttention(SelfAttention):
     def __init__(self, width: int, num_heads: int, eps: float) -> None:
@@ -211,6 +216,18 @@ class TextLayer(nn.Module):
         x, _ = self.self_attention.norm.add(self.self_attention.step(x, cache, slots, positions), x)
         read = self.cross_attention(x[:, None], source, index, source_lengths)[:, 0]
         x, _ = self.cross_attention.norm.add(read, x)
+        return self._mlp(x, None)
+
+    def tree(self, x: Tensor, ancestors: Tensor, source: KV, index: Tensor, source_lengths: Tensor | None) -> Tensor:
+        """Nodes of packed trees through the layer: x (N, C) -> (N, C)."""
+        x, _ = self.self_attention.norm.add(self.self_attention.tree(x, ancestors), x)
+        return self.after_self_attention(x[:, None], source, index, source_lengths)[:, 0]
+
+    def after_self_attention(
+        self, x: Tensor, source: KV, index: Tensor, source_lengths: Tensor | None = None
+    ) -> Tensor:
+        """The rest of the layer, without dropout: x (R, T, C) -> the same shape."""
+        x, _ = self.cross_attention.norm.add(self.cross_attention(x, source, index, source_lengths), x)
         return self._mlp(x, None)
 
     def _mlp(self, x: Tensor, seed: int | None) -> Tensor:

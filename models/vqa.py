@@ -100,9 +100,14 @@ class MissVQA(nn.Module):
         """Question states (R, T, C) -> the decoder's cross-attention K and V of every layer, (R, T, H, D)."""
         return self.decoder.cross_kv.layers(states)
 
+    def image_kv(self, image_tokens: Tensor) -> Tensor:
+        """Image tokens (I, N, C) -> K and V of every layer as one product (I, N, layers, 2, H, D), `split_layers`'s."""
+        projection = self.encoder.cross_kv
+        return projection(image_tokens).unflatten(-1, projection.shape)  # type: ignore[no-any-return]
+
     def encode(
         self,
-        image_tokens: Tensor,
+        image_kv: list[KV],
         image_index: Tensor,
         question_ids: Tensor,
         question_lengths: Tensor,
@@ -111,20 +116,21 @@ class MissVQA(nn.Module):
     ) -> None:
         """Reads questions over images and puts what decoding needs into the cache's question `slots` int64 (R,).
 
+        `image_kv`: per layer K and V (I, N, H, D), from `project_images` or a store of them; row r reads image
+        `image_index[r]`, non-decreasing.
+
         In `compat` behaviour the whole padded length counts as the question when the decoder looks at it, as in the
         original, whose answers therefore depend on what shares their batch.
         """
         compat = self.config.behaviour == "compat"
-        image_kv = self.project_images(image_tokens)
         states = self.encode_questions(question_ids, question_lengths, image_kv, image_index, padded=compat)
         seen = torch.full_like(question_lengths, question_ids.shape[1]) if compat else question_lengths
         cache.put_questions(slots, self.project_questions(states), seen)
 
-    def decode(
-        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, questions: Tensor, num_best: int
-    ) -> tuple[Tensor, Tensor]:
-        """One token a row -> log-probabilities and ids of the best next, (R, num_best); see `AnswerDecoder.step`."""
-        return self.decoder.step(tokens, cache, slots, positions, questions, num_best)
+    def decode(self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, questions: Tensor) -> Tensor:
+        """One token a row -> states (R, C), of which `decoder.best` and `decoder.logits` make what comes next; see
+        `AnswerDecoder.states`."""
+        return self.decoder.states(tokens, cache, slots, positions, questions)
 
     def prepare(self) -> "MissVQA":
         """For inference: lays every weight out for this machine's kernels, once, in memory of their own."""

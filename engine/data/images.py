@@ -16,7 +16,7 @@ import numpy as np
 
 from miss.engine.data.errors import ImageError, ImageLimits, Reason
 
-__all__ = ["ACCEPTED", "ImageError", "ImageLimits", "ImageSource", "Reason", "decode_image", "sniff"]
+__all__ = ["ACCEPTED", "ImageError", "ImageLimits", "ImageSource", "Reason", "decode_image", "read_image", "sniff"]
 
 ACCEPTED = "PNG, JPEG, WebP, BMP, TIFF or DICOM"
 RASTER = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -77,7 +77,7 @@ def decode_image(
     Raises:
         ImageError: it cannot be decoded; `reason` says why.
     """
-    data = _read(source, limits)
+    data = read_image(source, limits)
     kind = sniff(data)
     if kind is None:
         raise _unknown(data)
@@ -115,7 +115,12 @@ def _is_bare_dicom(data: bytes) -> bool:
     return len(data) > 16 and (little or big)
 
 
-def _read(source: "str | Path | bytes | ImageSource", limits: ImageLimits) -> bytes:
+def read_image(source: "str | Path | bytes | ImageSource", limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """The encoded bytes of an image, not yet looked at.
+
+    Raises:
+        ImageError: there is no such file, it cannot be read, or it has no or too many bytes.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         limits.check_bytes(len(source))
         return bytes(source)

@@ -1,251 +1,246 @@
 """The answering engine: a checkpoint that takes images and questions and gives answers.
 
-Knows checkpoints, images, text and batches grouped by image; does not know HTTP, training or how an operation runs.
+Knows the order of a request's life; each stage is a file of its own. Does not know HTTP, training or how an operation
+runs.
 """
 
-import hashlib
+import logging
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from miss.engine.data.images import ImageSource, decode_image
 from miss.engine.data.processor import Processor
-from miss.engine.runtime.generate import Generated, generate
+from miss.engine.runtime.answers import Alternative, Answer, make_answer
+from miss.engine.runtime.config import EngineConfig
+from miss.engine.runtime.image_cache import ImageCache
+from miss.engine.runtime.image_source import Image
+from miss.engine.runtime.intake import Intake
+from miss.engine.runtime.loading import CHECKPOINTS, PRECISIONS, find_checkpoint, load_model
+from miss.engine.runtime.many import answer_many, outcome, with_bar
+from miss.engine.runtime.request import EngineFault, Request, RequestError, State
+from miss.engine.runtime.runner import Runner
 from miss.engine.runtime.sampler import SamplingParams
-from miss.engine.runtime.search import Hypothesis
-from miss.models.quantized import use_int8
+from miss.engine.runtime.scheduler import Scheduler
+from miss.engine.runtime.slots import Slots
+from miss.engine.runtime.stats import Counters, Stats
 from miss.models.vqa import MissVQA
-from miss.models.weights import LoadReport, load_checkpoint
+from miss.models.weights import LoadReport
 
-# int8: float32 with every linear layer packed a scale a row and multiplied with int8 activations (W8A8).
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
-CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
-
-Image = str | Path | bytes | np.ndarray | ImageSource
-"""A path, encoded bytes, decoded pixels uint8 (H, W, 3), or an entry of a packed data set."""
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """Another answer: text, logprob, and score = exp(logprob)."""
-
-    text: str
-    score: float
-    logprob: float
-    token_ids: list[int]
-    beam_score: float | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer and how sure the model was.
-
-    score: exp(logprob), the probability of exactly this token sequence.
-    logprob: sum of the generated tokens' log-probabilities, the closing [SEP] included, under the full softmax.
-    token_ids: the generated tokens; the last is [SEP] unless max_new_tokens ran out first (`finished` is False then).
-    alternatives: other answers, best first.
-    seconds: image, question, decode, total; in a batch, this answer's equal share of its batch.
-    warnings: what the caller should know (a question that was cut, an image with burned-in text).
-    """
-
-    text: str
-    score: float
-    logprob: float
-    token_ids: list[int]
-    alternatives: list[Alternative]
-    seconds: dict[str, float]
-    finished: bool = True
-    beam_score: float | None = None
-    warnings: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def find_checkpoint(path_or_name: str | Path) -> Path:
-    """A checkpoint folder: a path, or the name of one that ships with the project.
-
-    Raises:
-        ValueError: neither; the message names the ones that ship.
-    """
-    path = Path(path_or_name)
-    if path.is_dir():
-        return path
-    shipped = CHECKPOINTS / path
-    if len(path.parts) == 1 and shipped.is_dir():
-        return shipped
-    known = sorted(p.name for p in CHECKPOINTS.iterdir() if p.is_dir()) if CHECKPOINTS.is_dir() else []
-    raise ValueError(
-        f"no checkpoint {str(path_or_name)!r}: wanted a folder with config.json and model.safetensors"
-        + (f", or one of: {', '.join(known)}" if known else "")
-    )
+__all__ = ["CHECKPOINTS", "PRECISIONS", "Alternative", "Answer", "Engine", "Image", "find_checkpoint"]
 
 
 class Engine:
-    """A loaded model and its processor: `Engine.load(path).answer(image, question)`."""
+    """A loaded model and its processor: `Engine.load(path).answer(image, question)`.
+
+    `add`, `cancel`, `answer` and `answer_many` may be called from any thread; one step runs at a time.
+    """
 
     def __init__(
-        self, model: MissVQA, processor: Processor, name: str = "miss", report: LoadReport | None = None
+        self,
+        model: MissVQA,
+        processor: Processor,
+        name: str = "miss",
+        report: LoadReport | None = None,
+        config: EngineConfig | None = None,
+        stamp: str = "",
     ) -> None:
         self.model, self.processor, self.name, self.report = model.eval(), processor, name, report
+        self.config = config or EngineConfig()
         self.device = next(model.parameters()).device
         self.load_seconds = 0.0
+        self.images = ImageCache(self.config.cache_bytes)
+        slots = Slots.allocate(model, self.config)
+        compat = model.config.behaviour == "compat"
+        self.scheduler = Scheduler(self.config, slots, processor.preprocess.image_size**2, whole_batches=compat)
+        self.runner = Runner(model, slots, self.images)
+        self.intake = Intake(processor, model.config, self.config, self.scheduler, self.images, stamp)
+        self.counters = Counters()
+        self._step_lock = threading.Lock()
 
     @classmethod
-    def load(cls, path_or_name: str | Path = "miss-small", precision: str = "auto", device: str = "cpu") -> "Engine":
+    def load(
+        cls,
+        path_or_name: str | Path = "miss-small",
+        precision: str = "auto",
+        device: str = "cpu",
+        config: EngineConfig | None = None,
+    ) -> "Engine":
         """Loads a checkpoint folder.
 
         Args:
             path_or_name: a folder, or the name of a checkpoint that ships with the project.
             precision: fp32, bf16, fp16 or int8; auto is fp32 on CPU and bf16 on CUDA.
             device: cpu, cuda, cuda:1 …
+            config: how much to take on at once.
 
         Raises:
             ValueError: the precision is unknown, or the checkpoint is missing, damaged or does not fit its config.
         """
         start = time.perf_counter()
-        dtype = _precision(precision, device)
         folder = find_checkpoint(path_or_name)
-        with torch.inference_mode(False):  # a caller's: tensors made in it count no changes, and are never prepared
-            model, report = load_checkpoint(folder)
-            model = model.to(device, dtype)
-            if precision == "int8":
-                use_int8(model)
-            model.prepare()
-        engine = cls(model, Processor.from_folder(folder), model.config.name, report)
+        model, report = load_model(folder, precision, device)
+        stamp = f"{folder.resolve()} {precision}"
+        engine = cls(model, Processor.from_folder(folder), model.config.name, report, config, stamp)
         engine.load_seconds = time.perf_counter() - start
         return engine
 
-    def answer(self, image: Image, question: str, params: SamplingParams | None = None) -> Answer:
+    def answer(
+        self, image: Image, question: str, params: SamplingParams | None = None, timeout: float | None = None
+    ) -> Answer:
         """Answers one question. `image` is a path, encoded bytes, or decoded pixels uint8 (H, W, 3).
 
         Raises:
-            ValueError: the image cannot be decoded, or the question is empty or far too long.
+            ValueError: the image cannot be decoded, the question is empty or far too long, or a `RequestError`.
         """
-        return next(self._answer_batch([(image, question)], params or SamplingParams(), on_error="raise"))
+        request = self.add(image, question, params, timeout)
+        try:
+            while not request.done:
+                self.step()
+        finally:
+            self.cancel(request)  # an interrupt's; one that is done stays what it is
+        return outcome(request)
 
     def answer_many(
         self,
-        pairs: Iterable[tuple[Image, str]],
+        pairs: Iterable[tuple[Any, ...]],
         params: SamplingParams | None = None,
         batch_size: int = 16,
         on_error: str = "raise",
+        progress: bool = False,
     ) -> Iterator[Any]:
-        """Answers in the order of `pairs`, in bounded memory; questions of one image in a batch share its encoding.
+        """Answers in the order of `pairs`, in bounded memory: (image, question), or (image, question, params).
 
-        With `on_error="return"` a pair that cannot be served yields its ValueError in place, and the rest go on; a
-        ValueError that stands in place of an image (it could not even be named) comes back so.
+        `batch_size` of them are taken up at a time, before the last ones' answers are complete; the questions of one
+        image among them share its encoding. With `on_error="return"` a pair that cannot be served yields its
+        ValueError in place, and the rest go on; a ValueError that stands in place of an image (it could not even be
+        named) comes back so. `progress` shows a bar.
+
+        Raises:
+            ValueError: a parameter is wrong, or a pair cannot be served and `on_error` is "raise".
         """
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error: got {on_error!r}; accepted: raise, return")
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}; wanted at least 1")
-        rest = iter(pairs)
-        while batch := list(islice(rest, batch_size)):
-            yield from self._answer_batch(batch, params or SamplingParams(), on_error)
+        return answer_many(self, with_bar(pairs, progress), params, batch_size, on_error == "raise")
 
-    def _answer_batch(self, pairs: list[tuple[Image, str]], params: SamplingParams, on_error: str) -> Iterator[Any]:
-        start = time.perf_counter()
-        results: list[Any] = [None] * len(pairs)
-        images: dict[object, np.ndarray] = {}
-        broken: dict[object, ValueError] = {}
-        rows: list[tuple[int, object, list[int], list[str]]] = []
-        for i, (image, question) in enumerate(pairs):
-            try:
-                if isinstance(image, ValueError):
-                    raise image
-                asked = self.processor.encode_question(question)
-                rows.append((i, self._image(image, images, broken), asked.ids, asked.warnings))
-            except ValueError as error:
-                if on_error == "raise":
-                    raise
-                results[i] = error
-        if rows:
-            order = {key: n for n, key in enumerate(dict.fromkeys(row[1] for row in rows))}
-            rows.sort(key=lambda row: order[row[1]])
-            pixels = np.stack([images[key] for key in order])
-            generated = self._generate(pixels, [order[row[1]] for row in rows], [row[2] for row in rows], params)
-            total = time.perf_counter() - start
-            share = {k: v / len(rows) for k, v in (generated.seconds | {"total": total}).items()}
-            for (i, _, _, warnings), hypotheses in zip(rows, generated.hypotheses, strict=True):
-                results[i] = self._answer(hypotheses, share, warnings, params)
-        yield from results
+    def add(
+        self,
+        image: Image,
+        question: str,
+        params: SamplingParams | None = None,
+        timeout: float | None = None,
+        on_token: Callable[[Request], None] | None = None,
+        on_done: Callable[[Request], None] | None = None,
+    ) -> Request:
+        """Puts a question into the queue; `step` answers it.
 
-    def _image(self, image: Image, known: dict[object, np.ndarray], broken: dict[object, ValueError]) -> object:
-        """The key under which the image's pixels stand in `known`, decoding them where it is new there."""
-        key: object = hashlib.sha256(_raw(image)).digest() if isinstance(image, bytes | np.ndarray) else image
-        if key in broken:
-            raise broken[key]
-        if key not in known:
+        Args:
+            image: a path, encoded bytes, or decoded pixels uint8 (H, W, 3).
+            timeout: seconds from now after which no more work is done for it.
+            on_token: called with the request, in the thread that steps, when `request.tokens` has grown; only searches
+                whose tokens are final as they come do (greedy, sampling).
+            on_done: called so when the request has ended.
+
+        Raises:
+            ValueError: a `QueueFull` or `InvalidRequest`, an `ImageError`, a `QuestionError`.
+        """
+        self.counters.count("received")
+        try:
+            request = self.intake.request(image, question, params or SamplingParams(), timeout)
+            request.on_token, request.on_done = on_token, on_done
+            self.scheduler.add(request)
+        except ValueError:
+            self.counters.count("rejected")
+            raise
+        return request
+
+    def cancel(self, request: Request) -> bool:
+        """Ends a request; its slots are free after the next step, and at once where none is running. Nobody else's
+        answer changes. Returns whether it had not ended yet."""
+        if request.done:
+            return False
+        self.scheduler.cancel(request)
+        if self._step_lock.acquire(blocking=False):
             try:
-                known[key] = self.processor.image(image if isinstance(image, np.ndarray) else decode_image(image))
-            except ValueError as error:
-                broken[key] = error
+                self.scheduler.drop()
+                self._collect()
+            finally:
+                self._step_lock.release()
+        return True
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """Drops who is late, prefills who is next, decodes a token for each who runs -> those who ended."""
+        with self._step_lock:
+            try:
+                self.scheduler.drop()
+                self.runner.prefill(self.scheduler.admit())
+                self.runner.decode(self.scheduler.active())
+                self._conclude()
+            except Exception as error:  # a fault of ours: nobody may wait for ever for a step that broke
+                self._fail_running(error)
                 raise
-        return key
+            finally:
+                ended = self._collect()
+            return ended
 
-    def _generate(
-        self, pixels: np.ndarray, image_index: list[int], questions: list[list[int]], params: SamplingParams
-    ) -> Generated:
-        defaults = self.model.config.generation
-        lengths = [len(q) for q in questions]
-        ids = torch.zeros(len(questions), max(lengths), dtype=torch.int64)
-        for row, q in zip(ids, questions, strict=True):
-            row[: len(q)] = torch.tensor(q)
-        return generate(
-            self.model,
-            torch.from_numpy(pixels).to(self.device),
-            torch.tensor(image_index, dtype=torch.int32, device=self.device),
-            ids.to(self.device),
-            torch.tensor(lengths, dtype=torch.int32, device=self.device),
-            params.max_new_tokens or defaults.max_new_tokens,
-            params.num_beams or defaults.num_beams,
-            params.num_alternatives,
-        )
+    def _conclude(self) -> None:
+        """Tells who listens what has come, and makes answers of searches that are done."""
+        for request in self.scheduler.active():
+            if request.on_token is not None and request.search.streams:
+                _tell(request, request.on_token)
+            if request.search.done and not request.done:
+                request.ended = time.monotonic()
+                request.answer = make_answer(
+                    request.search.hypotheses,
+                    request.params.num_alternatives,
+                    self.processor.decode if request.candidates is None else request.candidates.text,
+                    request.seconds(),
+                    request.warnings,
+                )
+                request.state = State.ANSWERED
 
-    def _answer(
-        self, hypotheses: list[Hypothesis], seconds: dict[str, float], warnings: list[str], params: SamplingParams
-    ) -> Answer:
-        texts = [self.processor.decode(h.token_ids) for h in hypotheses]
-        best = hypotheses[0]
-        others = [
-            Alternative(text, float(np.exp(h.logprob)), h.logprob, h.token_ids, h.beam_score)
-            for text, h in zip(texts[1:], hypotheses[1:], strict=True)
-        ]
-        return Answer(
-            texts[0],
-            float(np.exp(best.logprob)),
-            best.logprob,
-            best.token_ids,
-            others[: params.num_alternatives],
-            dict(seconds),
-            best.finished,
-            best.beam_score,
-            warnings,
-        )
+    def _collect(self) -> list[Request]:
+        ended = self.scheduler.collect()
+        for request in ended:
+            self.counters.count(request.state.value)
+            if request.on_done is not None:
+                _tell(request, request.on_done)
+        return ended
 
+    def _fail_running(self, error: Exception) -> None:
+        for request in self.scheduler.active():
+            fault = EngineFault("the engine failed in a step; ask again, and report it if it stays so")
+            fault.__cause__ = error
+            request.fail(fault)
 
-def _raw(image: bytes | np.ndarray) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"decoded pixels: got {image.dtype} {image.shape}; wanted uint8 (height, width, 3)")
-    return repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.busy
+
+    @property
+    def stats(self) -> Stats:
+        """What came and how it ended, what there is now, and what the image cache did."""
+        return Stats.of(self.counters, self.scheduler, self.images, self.runner)
+
+    def forget_images(self) -> None:
+        """Empties the image cache: whoever changes the weights calls this."""
+        self.images.clear()
 
 
-def _precision(precision: str, device: str) -> torch.dtype:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got {device!r}, but no CUDA device is available here; accepted: cpu")
-    if not device.startswith(("cpu", "cuda")):
-        raise ValueError(f"device: got {device!r}; accepted: cpu, cuda, cuda:N")
-    if precision == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}; accepted: auto, {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
+def _tell(request: Request, listener: Callable[[Request], None]) -> None:
+    """Calls the asker's own code: whatever it raises ends this request, and nobody else's."""
+    try:
+        listener(request)
+    except Exception as error:
+        logging.getLogger(__name__).exception("a listener of request %d failed", request.id)
+        if not request.done:
+            failed = RequestError("the request's own on_token failed")
+            failed.__cause__ = error
+            request.fail(failed)

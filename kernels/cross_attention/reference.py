@@ -7,6 +7,7 @@ Shapes: R rows, T queries, I images, N keys, H heads, D head width, C token widt
 import torch
 from torch import Tensor
 
+from miss.kernels.attention import reference as attention
 from miss.kernels.attention.reference import attend, attend_backward, keep_of, visible_keys, without_autocast
 from miss.kernels.cross_attention.rows import check_index
 from miss.kernels.registry import accumulator
@@ -31,6 +32,25 @@ def kv_forward(
     visible = _visible(lengths, image_index, k.shape[1])
     keep = keep_of(seed, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), dropout_p, q)
     return attend(q, k[image_index], v[image_index], visible, scale, keep)
+
+
+def probabilities(
+    q: Tensor, k: Tensor, image_index: Tensor, lengths: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Where each row looks: the softmax itself, (R, H, T, N), float32 (float64 in float64), rows that sum to 1 (or to 0
+    where nothing is visible). Arguments as `cross_attention`'s. For explanations: it keeps the whole matrix.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or an index unsorted or out of range (CPU).
+    """
+    if q.dim() != 4 or k.dim() != 4 or q.shape[2:] != k.shape[2:] or image_index.shape != q.shape[:1]:
+        raise ValueError(
+            f"probabilities: got q {tuple(q.shape)}, k {tuple(k.shape)}, image_index {tuple(image_index.shape)}; "
+            "wanted (R, T, H, D), (I, N, H, D), (R,)"
+        )
+    check_index(image_index, k.shape[0])
+    valid = None if lengths is None else lengths[image_index]
+    return attention.attention_probabilities(q, k[image_index], valid, False, scale)
 
 
 def _gradients(

@@ -27,6 +27,7 @@ class Args:
 
     One image:   miss answer --image scan.png --question "is there a mass?" [--question …]
     Many:        miss answer --batch questions.jsonl --output answers.jsonl
+    A choice:    miss answer --image scan.png --question "is there a mass?" --constrain answers.txt
     """
 
     image: Path | None = None
@@ -51,6 +52,22 @@ class Args:
     """Longest answer in tokens, the closing one included. Default: the checkpoint's."""
     alternatives: int = 2
     """How many other answers to show."""
+    candidates: Path | None = None
+    """A file of answers, one a line: each is scored in full, the likeliest is the answer, the next ones follow."""
+    constrain: Path | None = None
+    """A file of answers, one a line: only these are allowed; token by token, by renormalised probabilities."""
+    sample: bool = False
+    """Draw answers instead of taking the likeliest."""
+    temperature: float | None = None
+    """With --sample: above 1 is bolder, below 1 more careful. Default: 1."""
+    top_p: float | None = None
+    """With --sample: only from the likeliest tokens that together reach this share. Default: 1, all."""
+    top_k: int | None = None
+    """With --sample: only from this many likeliest tokens. Default: 0, all."""
+    seed: int | None = None
+    """With --sample: the same seed gives the same answers. Default: a new one each time."""
+    attention_map: Path | None = None
+    """With --image: a PNG of where the model looked, for each token of the answer; OUT-2.png for a second question."""
     batch_size: int = 16
     """With --batch: questions answered together."""
     json: bool = False
@@ -62,10 +79,49 @@ def main(args: Args) -> int:
     if problem:
         print(f"miss answer: {problem}; see miss answer --help", file=sys.stderr)
         return 2
+    try:
+        params = _params(args)
+    except UsageError as error:
+        print(f"miss answer: {error}; see miss answer --help", file=sys.stderr)
+        return 2
+    return _answer_file(args, params) if args.batch else _answer_image(args, params)
+
+
+class UsageError(ValueError):
+    """Flags, or a file that a flag names, that cannot be meant so."""
+
+
+def _params(args: Args) -> "SamplingParams":
     from miss.engine.runtime.sampler import SamplingParams
 
-    params = SamplingParams(args.beams, args.max_new_tokens, args.alternatives)
-    return _answer_file(args, params) if args.batch else _answer_image(args, params)
+    sampling: dict[str, Any] = {}
+    if args.sample:
+        given = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed}
+        sampling = {"temperature": 1.0} | {name: value for name, value in given.items() if value is not None}
+        if not sampling["temperature"] > 0:
+            raise UsageError(f"--temperature: got {args.temperature}; wanted a number above 0")
+    return SamplingParams(
+        args.beams,
+        args.max_new_tokens,
+        args.alternatives,
+        candidates=_read_answers("--candidates", args.candidates),
+        constrain=_read_answers("--constrain", args.constrain),
+        **sampling,
+    )
+
+
+def _read_answers(flag: str, path: Path | None) -> tuple[str, ...] | None:
+    """One answer a line; empty lines are left out."""
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{flag} {path}: not text in UTF-8; wanted one answer a line") from None
+    answers = tuple(line.strip() for line in lines if line.strip())
+    if not answers:
+        raise UsageError(f"{flag} {path}: the file has no answers; wanted one a line")
+    return answers
 
 
 def _usage_problem(args: Args) -> str | None:
@@ -75,6 +131,22 @@ def _usage_problem(args: Args) -> str | None:
         return "--batch needs --output FILE"
     if not args.batch and not (args.image and args.question):
         return "wants --image FILE and --question TEXT, or --batch FILE and --output FILE"
+    if args.batch and args.attention_map:
+        return "got --batch together with --attention-map; it draws the answers about one --image"
+    return _choice_problem(args)
+
+
+def _choice_problem(args: Args) -> str | None:
+    """Two ways of choosing answers, or what only sampling has without it."""
+    beams = args.beams is not None and args.beams > 1
+    ways = {"--candidates": args.candidates, "--constrain": args.constrain, "--sample": args.sample, "--beams": beams}
+    given = [flag for flag, value in ways.items() if value]
+    if len(given) > 1:
+        return f"got {given[0]} together with {given[1]}; give one or the other"
+    only = {"--temperature": args.temperature, "--top-p": args.top_p, "--top-k": args.top_k, "--seed": args.seed}
+    for flag, value in only.items():
+        if value is not None and not args.sample:
+            return f"got {flag} without --sample; it is about drawing answers"
     return None
 
 
@@ -88,7 +160,10 @@ def _answer_image(args: Args, params: "SamplingParams") -> int:
     engine = _load(args)
     assert args.image
     pairs = [(args.image, question) for question in args.question]
-    for (_, question), answer in zip(pairs, engine.answer_many(pairs, params, batch_size=64), strict=True):
+    for number, answer in enumerate(engine.answer_many(pairs, params, batch_size=64)):
+        question = args.question[number]
+        if args.attention_map:
+            _draw_map(engine, args.image, question, answer, _numbered(args.attention_map, number))
         if args.json:
             print(json.dumps(_record(answer, engine), ensure_ascii=False))
         else:
@@ -96,6 +171,22 @@ def _answer_image(args: Args, params: "SamplingParams") -> int:
     if not args.json:
         print(f"\n{engine.name}, {NOTICE}")
     return 0
+
+
+def _numbered(path: Path, number: int) -> Path:
+    """The file of the first question as it was named; OUT-2.png, OUT-3.png … for further ones."""
+    return path if number == 0 else path.with_stem(f"{path.stem}-{number + 1}")
+
+
+def _draw_map(engine: "Engine", image: Path, question: str, answer: "Answer", path: Path) -> None:
+    from miss.engine.data.images import decode_image
+    from miss.engine.runtime.attention_maps import attention_maps, draw
+
+    pixels, processor = decode_image(image), engine.processor
+    asked = processor.question(question)
+    maps = attention_maps(engine.model, processor, processor.image(pixels), asked, answer.token_ids)
+    draw(maps, pixels, path, question, answer.text)
+    print(f"where the model looked: {path}", file=sys.stderr)
 
 
 def _record(answer: "Answer", engine: "Engine") -> dict[str, Any]:

@@ -33,6 +33,7 @@ from miss.kernels.quant_linear import (
     quantise_rows,
 )
 from miss.kernels.quant_linear import prepare as prepare_packed
+from miss.kernels.tree_attention import tree_attention
 from miss.models.config import MissConfig, did_you_mean
 
 
@@ -175,6 +176,7 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "quant_linear_rows_quantised": lambda: quant_linear_rows_quantised(
             quantise_rows(s.leaf(*image)), int8(inner), gelu=True
         ),
+        "tree_attention": lambda: tree_attention(new(), new(), new(), s.whole(0, -1, 0, 1, 0, 2, 3, -1).view(4, 2)),
         "linear_top_k": head,
         "linear_top_k_w8a8": packed_head,
         "quant_embedding": lambda: quant_embedding(labels(), pack_int8(matrix(100, width)), s.dtype),

@@ -177,25 +177,21 @@ def exact_match_metrics(
 ) -> dict[str, float]:
     """`accuracy` over all questions, by answer type and by data set, and the mean over data sets (`accuracy_sets`)."""
     from miss.engine.evaluation.protocols import answer_type, exact_match
-    from miss.engine.runtime.generate import generate
+    from miss.engine.runtime.batch import answer_batch
+    from miss.engine.runtime.sampler import SamplingParams
     from miss.models.vqa import MissVQA
 
     assert isinstance(model, MissVQA)
     device = next(model.parameters()).device
+    params = SamplingParams(num_beams=1, max_new_tokens=config.validation.max_new_tokens, num_alternatives=0)
     right: dict[str, list[bool]] = defaultdict(list)
     for part, samples in questions.batches(config.validation.batch_questions):
         batch = part.batch.to(device)
         tokens = None if batch.image_tokens is None else batch.image_tokens.to(next(model.parameters()).dtype)
-        made = generate(
-            model,
-            batch.pixels,
-            batch.image_index,
-            batch.question_ids,
-            batch.question_lengths,
-            config.validation.max_new_tokens,
-            image_tokens=tokens,
-        )
-        for sample, hypotheses in zip(samples, made.hypotheses, strict=True):
+        images = batch.pixels if tokens is None else tokens
+        assert images is not None
+        made = answer_batch(model, images, batch.image_index, batch.question_ids, batch.question_lengths, params)
+        for sample, hypotheses in zip(samples, made, strict=True):
             text = processor.decode(hypotheses[0].token_ids)
             for key in ("accuracy", answer_type(sample.answer_type, sample.answer), f"set {sample.dataset}"):
                 right[key].append(exact_match(text, sample.answer))

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miss.engine.runtime.generate import generate
-from miss.engine.runtime.sampler import BeamSearch
+from miss.engine.runtime.batch import answer_batch
+from miss.engine.runtime.sampler import BeamSearch, SamplingParams
 from miss.models.config import MissConfig, PreprocessConfig, TextConfig, TokenConfig, VisionConfig
 from miss.models.vqa import MissVQA
 
@@ -53,9 +53,9 @@ def images(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
 
 
-def answers(model, pixels, index, ids, lengths, **options):
-    index = torch.tensor(index, dtype=torch.int32)
-    return generate(model, pixels, index, ids, lengths, NEW_TOKENS, **options).hypotheses
+def answers(model, pixels, index, ids, lengths, num_beams=1, num_alternatives=0):
+    params = SamplingParams(num_beams, NEW_TOKENS, num_alternatives)
+    return answer_batch(model, pixels, torch.tensor(index, dtype=torch.int32), ids, lengths, params)
 
 
 def teacher_forced(model, pixels, ids, lengths, answer: list[int]) -> torch.Tensor:
@@ -65,7 +65,7 @@ def teacher_forced(model, pixels, ids, lengths, answer: list[int]) -> torch.Tens
     states = model.encode_questions(ids, lengths, kv, index)
     tokens = torch.tensor([[TOKENS.dec, *answer[:-1]]])
     hidden = model.decoder(tokens, model.project_questions(states), index, lengths)
-    return torch.log_softmax(model.decoder.logits(hidden), -1)[0]
+    return torch.log_softmax(model.decoder.logits(model.decoder.head(hidden)), -1)[0]
 
 
 @torch.no_grad()
@@ -144,5 +144,17 @@ def test_beams_are_the_search_over_teacher_forced_probabilities(model, behaviour
 
 def test_an_answer_that_runs_out_of_tokens_is_not_finished(model):
     ids, lengths = questions([6])
-    for h in generate(model, images(1), torch.zeros(1, dtype=torch.int32), ids, lengths, 1).hypotheses[0]:
+    index, params = torch.zeros(1, dtype=torch.int32), SamplingParams(1, 1, 2)
+    for h in answer_batch(model, images(1), index, ids, lengths, params)[0]:
         assert len(h.token_ids) == 1 and h.finished == (h.token_ids[0] == TOKENS.sep)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_image_tokens_answer_as_their_pixels_do(model, num_beams):
+    ids, lengths = questions([6, 3, 4])
+    index, params = torch.tensor([0, 0, 1], dtype=torch.int32), SamplingParams(num_beams, NEW_TOKENS)
+    with torch.no_grad():
+        tokens = model.encode_images(images(2))
+    assert answer_batch(model, tokens, index, ids, lengths, params) == answer_batch(
+        model, images(2), index, ids, lengths, params
+    )

@@ -1,0 +1,43 @@
+"""How much an engine takes on at once: slots, batches, its queue and its cache of images.
+
+Knows numbers and their limits; does not know models, tensors or requests.
+"""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Bounds that hold whatever is asked.
+
+    answer_slots: branches decoded together; a greedy answer with two alternatives takes three, a beam search its width.
+    question_slots: requests that run together.
+    answer_length: the longest answer in tokens, the closing [SEP] included, that a slot holds.
+    max_prefill_questions, max_prefill_images: of one batch of new requests.
+    max_waiting: requests that wait, before a further one is refused.
+    max_waiting_pixels: of the images that waiting requests hold, each at the model's size and counted once.
+    cache_bytes: of encoded images kept, their tokens and their layers' keys and values together; 0 keeps none.
+    refill_share: a batch of new requests that does not hold all that wait is put off until this share of the
+        answer slots is free, so that a busy engine encodes questions by many.
+    """
+
+    answer_slots: int = 192
+    question_slots: int = 64
+    answer_length: int = 40
+    max_prefill_questions: int = 64
+    max_prefill_images: int = 8
+    max_waiting: int = 1024
+    max_waiting_pixels: int = 1 << 26
+    cache_bytes: int = 512 << 20
+    refill_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "refill_share":
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{field.name}: got {value!r}; wanted a number from 0 to 1")
+                continue
+            least = 0 if field.name == "cache_bytes" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{field.name}: got {value!r}; wanted a whole number of at least {least}")

@@ -1,0 +1,159 @@
+"""Encoded images kept for the next question about them: their tokens, and above them every layer's keys and values.
+
+Knows keys, tensors and a budget in bytes; does not know how an image is encoded, or who asks.
+
+Tokens cost an encoded image's time again and little memory (base at 384 pixels: 577 x 768 numbers), keys and values one
+product's time and 24 times that memory. So each tier has its own share of the budget, and evicts its own least recently
+used: many images seen once do not drive out the keys and values of the one that is asked about.
+
+Shapes: P pool slots, I images, N tokens, C width, H heads, D head width.
+"""
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miss.kernels.cross_attention import KV
+from miss.models.cross_kv import split_layers
+
+KV_SHARE = 0.75  # of the budget, to keys and values
+
+
+@dataclass
+class TierCounts:
+    """Look-ups by images that were, or were not, in a tier, what it evicted, and what it holds."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    num_images: int = 0
+    bytes: int = 0
+
+
+class ImageCache:
+    """Two tiers under `budget` bytes. An image with keys and values always has its tokens, too.
+
+    Keys and values lie in one tensor (P, N, layers, 2, H, D), so that a batch whose images are all kept reads them in
+    place by their slots. Safe to ask from several threads; only the one that encodes stores.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.tokens_tier, self.kv_tier = TierCounts(), TierCounts()
+        self._lock = threading.Lock()
+        self._tokens: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._slots: OrderedDict[bytes, int] = OrderedDict()
+        self._pool: Tensor | None = None
+        self._each = self._pool_size = 0  # bytes
+        self._free: list[int] = []
+
+    def tokens(self, key: bytes) -> Tensor | None:
+        """The image's tokens (N, C), where they are kept."""
+        with self._lock:
+            found = self._tokens.get(key)
+            if found is None:
+                self.tokens_tier.misses += 1
+                return None
+            self.tokens_tier.hits += 1
+            self._tokens.move_to_end(key)
+            return found
+
+    def keep_tokens(self, key: bytes, tokens: Tensor) -> None:
+        """Keeps tokens (N, C), in memory of their own, where the budget has room for any."""
+        size = tokens.numel() * tokens.element_size()
+        with self._lock:
+            room = self.budget - (int(self.budget * KV_SHARE) if self._pool is None else self._pool_size)
+            if size > room or key in self._tokens:
+                return
+            while self.tokens_tier.bytes + size > room:
+                self._evict_tokens(size)
+            self._tokens[key] = tokens
+            self.tokens_tier.bytes += size
+            self.tokens_tier.num_images = len(self._tokens)
+
+    def kv_slots(self, keys: list[bytes]) -> list[int | None]:
+        """Where in the pool each image's keys and values are, if they are kept."""
+        with self._lock:
+            found = [self._slots.get(key) for key in keys]
+            for key, slot in zip(keys, found, strict=True):
+                if slot is None:
+                    self.kv_tier.misses += 1
+                else:
+                    self.kv_tier.hits += 1
+                    self._slots.move_to_end(key)
+                    self._tokens.move_to_end(key)
+            return found
+
+    def keep_kv(self, keys: list[bytes], product: Tensor, in_use: set[int]) -> list[int | None]:
+        """Copies keys and values (I, N, layers, 2, H, D) into the pool -> their slots; None for an image that found no
+        room beside those `in_use` (and these)."""
+        with self._lock:
+            if self._pool is None:
+                self._allocate(product)
+            placed: list[int | None] = []
+            for key, one in zip(keys, product, strict=True):
+                slot = self._place(key, in_use) if key in self._tokens else None
+                if slot is not None:
+                    assert self._pool is not None
+                    self._pool[slot].copy_(one)
+                    in_use = in_use | {slot}
+                placed.append(slot)
+            return placed
+
+    def layers(self) -> list[KV]:
+        """The pool as every layer reads it: K and V (P, N, H, D)."""
+        assert self._pool is not None
+        return split_layers(self._pool)
+
+    def rows(self, slots: list[int]) -> Tensor:
+        """Keys and values of some slots, copied: (len, N, layers, 2, H, D)."""
+        assert self._pool is not None
+        return self._pool[torch.tensor(slots, device=self._pool.device)]
+
+    def clear(self) -> None:
+        """Forgets every image: whoever changes the weights calls this."""
+        with self._lock:
+            self._tokens.clear()
+            self._slots.clear()
+            self._pool, self._free = None, []
+            for tier in (self.tokens_tier, self.kv_tier):
+                tier.num_images = tier.bytes = 0
+
+    def _allocate(self, product: Tensor) -> None:
+        self._each = product[0].numel() * product.element_size()
+        count = int(self.budget * KV_SHARE) // self._each
+        self._pool_size = count * self._each
+        # Pages of the pool take memory once they are written.
+        self._pool = product.new_empty(count, *product.shape[1:])
+        self._free = list(range(count))[::-1]
+
+    def _place(self, key: bytes, in_use: set[int]) -> int | None:
+        """A pool slot for `key`, the least recently used one's if there is no free one."""
+        slot = next((s for s in reversed(self._free) if s not in in_use), None)
+        if slot is not None:
+            self._free.remove(slot)
+        else:
+            victim = next((k for k, s in self._slots.items() if s not in in_use), None)
+            if victim is None:
+                return None
+            slot = self._slots.pop(victim)
+            self.kv_tier.evictions += 1
+        self._slots[key] = slot
+        self._count_kv()
+        return slot
+
+    def _evict_tokens(self, size: int) -> None:
+        key, tokens = self._tokens.popitem(last=False)
+        self.tokens_tier.bytes -= tokens.numel() * tokens.element_size()
+        self.tokens_tier.evictions += 1
+        if key in self._slots:
+            self._free.append(self._slots.pop(key))
+            self.kv_tier.evictions += 1
+            self._count_kv()
+
+    def _count_kv(self) -> None:
+        self.kv_tier.num_images = len(self._slots)
+        self.kv_tier.bytes = len(self._slots) * self._each

@@ -1,0 +1,86 @@
+"""Many questions through an engine, in order and in bounded memory.
+
+Knows how far to run ahead; does not know how the engine answers.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from miss.engine.runtime.answers import Answer
+from miss.engine.runtime.request import QueueFull, Request
+from miss.engine.runtime.sampler import SamplingParams
+
+if TYPE_CHECKING:
+    from miss.engine.runtime.engine import Engine
+
+Taken = Request | ValueError
+
+
+def answer_many(
+    engine: "Engine", pairs: Iterable[Sequence[Any]], params: SamplingParams | None, batch_size: int, raises: bool
+) -> Iterator[Any]:
+    """Answers, or where `raises` is false errors, in the order of `pairs`.
+
+    In `correct` behaviour the next `batch_size` join when half of the last ones are done, so that few rows are never
+    decoded alone; in `compat`, where an answer depends on its batch, they wait until all are.
+    """
+    rest, ahead = iter(pairs), deque[Taken]()
+    tail = 0 if engine.scheduler.whole_batches else batch_size // 2
+    try:
+        more = True
+        while more or ahead:
+            batch = list(islice(rest, batch_size)) if more else []
+            more = len(batch) == batch_size
+            for image, question, *own in batch:
+                ahead.append(_take_up(engine, image, question, own[0] if own else params))
+            while sum(not _is_done(taken) for taken in ahead) > (tail if more else 0):
+                engine.step()
+            while ahead and _is_done(ahead[0]):
+                yield _result(ahead.popleft(), raises)
+    finally:
+        for taken in ahead:
+            if isinstance(taken, Request):
+                engine.cancel(taken)
+
+
+def _take_up(engine: "Engine", image: Any, question: str, params: SamplingParams | None) -> Taken:
+    """A request, once there is room for one; or what keeps it from being one."""
+    while True:
+        try:
+            return image if isinstance(image, ValueError) else engine.add(image, question, params)
+        except QueueFull:
+            engine.step()
+        except ValueError as error:
+            return error
+
+
+def _is_done(taken: Taken) -> bool:
+    return not isinstance(taken, Request) or taken.done
+
+
+def _result(taken: Taken, raises: bool) -> Answer | ValueError:
+    error = taken.error if isinstance(taken, Request) else taken
+    if error is not None and not raises:
+        return error
+    if isinstance(taken, ValueError):
+        raise taken
+    return outcome(taken)
+
+
+def outcome(request: Request) -> Answer:
+    """The answer of a request that is done; what kept it from one is raised."""
+    if request.error is not None:
+        raise request.error
+    assert request.answer is not None
+    return request.answer
+
+
+def with_bar(pairs: Iterable[Sequence[Any]], shown: bool) -> Iterable[Sequence[Any]]:
+    """`pairs` with a bar on standard error that moves as they are taken up."""
+    if not shown:
+        return pairs
+    from tqdm import tqdm
+
+    return tqdm(pairs, desc="questions", unit="question")

@@ -1,0 +1,158 @@
+"""The model's work for a batch of requests: their images and questions once, then a token a branch and step.
+
+Knows the model, the cache's slots and what searches ask; does not know who waits, how a token is chosen, or text.
+
+Shapes: I images, R rows (a question in prefill; a token in decode), T question length, V vocabulary.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from miss.engine.runtime.faults import survive
+from miss.engine.runtime.image_cache import ImageCache
+from miss.engine.runtime.ranker import Ranking, rank_questions
+from miss.engine.runtime.request import Request, RequestImage
+from miss.engine.runtime.rows import Asked, RowTensors, answer_wants
+from miss.engine.runtime.search import Choice, Hypothesis
+from miss.engine.runtime.slots import Slots
+from miss.kernels.cross_attention import KV
+from miss.models.cross_kv import split_layers
+from miss.models.vqa import MissVQA
+
+
+class Runner:
+    """`prefill` puts new requests into their slots, `decode` feeds every running one what its search asks for."""
+
+    def __init__(self, model: MissVQA, slots: Slots, images: ImageCache) -> None:
+        self.model, self.slots, self.images = model, slots, images
+        self.device = slots.cache.self_k.device
+        self.num_encoded = self.num_rows = 0
+        self._rows = RowTensors(self.device)
+
+    def prefill(self, requests: Sequence[Request]) -> None:
+        """Encodes the requests' images (each once) and questions into their question slots; one that memory does not
+        suffice for fails."""
+        order = {id(image): i for i, image in enumerate(dict.fromkeys(r.image for r in requests))}
+        survive(sorted(requests, key=lambda r: order[id(r.image)]), self._prefill)
+        for request in requests:
+            request.image = None
+
+    def _prefill(self, requests: Sequence[Request]) -> list[None]:
+        image_kv, places = self._image_kv(list(dict.fromkeys(_image(r) for r in requests)))
+        encoded = self._now()
+        rows = sorted(requests, key=lambda r: places[_image(r)])
+        longest = max(len(r.question_ids) for r in rows)
+        ids = torch.tensor([r.question_ids + [0] * (longest - len(r.question_ids)) for r in rows], device=self.device)
+        self.model.encode(
+            image_kv,
+            self._int32([places[_image(r)] for r in rows]),
+            ids,
+            self._int32([len(r.question_ids) for r in rows]),
+            self.slots.cache,
+            torch.tensor([r.question_slot for r in rows], device=self.device),
+        )
+        prefilled = self._now()
+        for request in rows:
+            request.encoded, request.prefilled = encoded, prefilled
+        return [None] * len(rows)
+
+    def _image_kv(self, images: list[RequestImage]) -> tuple[list[KV], dict[RequestImage, int]]:
+        """Keys and values of every layer, and where in them each image is: in the cache's pool where all have a place
+        in it, else in a tensor of this batch alone."""
+        slots = self.images.kv_slots([image.key for image in images])
+        missing = [image for image, slot in zip(images, slots, strict=True) if slot is None]
+        if missing:
+            product = self.model.image_kv(self._tokens(missing))
+            in_use = {slot for slot in slots if slot is not None}
+            placed = dict(zip(missing, self.images.keep_kv([m.key for m in missing], product, in_use), strict=True))
+            slots = [placed.get(image, slot) for image, slot in zip(images, slots, strict=True)]
+        found = {image: slot for image, slot in zip(images, slots, strict=True) if slot is not None}
+        if len(found) == len(images):
+            return self.images.layers(), found
+        kept = [image for image in images if image not in set(missing)]
+        parts = [product, self.images.rows([found[image] for image in kept])] if kept else [product]
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return split_layers(together), {image: i for i, image in enumerate([*missing, *kept])}
+
+    def _tokens(self, images: list[RequestImage]) -> Tensor:
+        """The images' tokens (I, N, C), those that have none yet encoded in one batch."""
+        new = [image for image in images if image.tokens is None]
+        if new:
+            pixels = torch.stack([torch.from_numpy(image.pixels) for image in new]).to(self.device)
+            encoded = self.model.encode_images(pixels)
+            self.num_encoded += len(new)
+            for i, image in enumerate(new):
+                # A row of a batch would hold all of it in memory.
+                image.tokens, image.pixels = encoded[i] if len(new) == 1 else encoded[i].clone(), None
+                self.images.keep_tokens(image.key, image.tokens)
+            if len(new) == len(images):
+                return encoded
+        return torch.stack([image.tokens for image in images if image.tokens is not None])
+
+    def decode(self, requests: Sequence[Request]) -> None:
+        """One step of every request (sorted by question slot): its search's feeds through the model, what it wants to
+        know back, and the copies it asks for made in all layers at once. Those that rank are done in one step."""
+        moves: list[tuple[int, int]] = []
+        going = [request for request in requests if not request.search.done]  # one allowed answer: done before it began
+        for request, ranked in survive([r for r in going if isinstance(r.search, Ranking)], self._rank):
+            assert isinstance(request.search, Ranking)
+            request.search.settle(ranked)
+        for request, choices in survive([r for r in going if not isinstance(r.search, Ranking)], self._ask):
+            try:
+                copies = request.search.advance(choices)
+            except ValueError as error:  # of this request alone: probabilities that are none, say
+                request.fail(error)
+                continue
+            moves += [(request.answer_slots[source], request.answer_slots[target]) for source, target in copies]
+        self._copy(moves)
+
+    def _rank(self, requests: Sequence[Request]) -> list[list[Hypothesis]]:
+        """Every request's candidates, best first. The original's ranking masks a question's padding, unlike its
+        generation, so that the cache's lengths are not the questions' own there."""
+        lengths = self.slots.cache.question_lengths.clone()
+        slots = [request.question_slot for request in requests]
+        lengths[slots] = self._int32([len(request.question_ids) for request in requests])
+        trees = [request.search.tree for request in requests if isinstance(request.search, Ranking)]
+        return rank_questions(self.model, self.slots.cache, slots, trees, lengths)
+
+    def _ask(self, requests: Sequence[Request]) -> list[list[Choice]]:
+        """What each search wants to know, a choice a feed. Nothing but the cache's next positions is written, so that
+        it may be asked again."""
+        asked = [Asked(r.question_slot, r.answer_slots, r.search.feed(), r.search.wants()) for r in requests]
+        rows = self._rows.of(asked, self.slots.positions)
+        states = self.model.decode(rows.tokens, self.slots.cache, rows.slots, rows.positions, rows.questions)
+        choices = answer_wants(self.model.decoder, states, rows.last, asked)
+        for one in asked:
+            for feed in one.feeds:
+                self.slots.positions[one.slots[feed.branch]] += len(feed.tokens)
+        self.num_rows += len(rows.tokens)
+        return choices
+
+    def _copy(self, moves: list[tuple[int, int]]) -> None:
+        """Copies answer slots (source, target), all at once."""
+        if not moves:
+            return
+        positions = self.slots.positions
+        length = max(positions[source] for source, _ in moves)
+        pairs = self._int32([source for source, _ in moves] + [target for _, target in moves])
+        self.slots.cache.reorder(pairs[: len(moves)], pairs[len(moves) :], length)
+        held = [positions[source] for source, _ in moves]
+        for (_, target), count in zip(moves, held, strict=True):
+            positions[target] = count
+
+    def _int32(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def _now(self) -> float:
+        """The time once the device has done what it was given, so that a stage's time is its own."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+
+def _image(request: Request) -> RequestImage:
+    assert request.image is not None
+    return request.image
