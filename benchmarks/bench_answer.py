@@ -23,7 +23,9 @@ QUESTIONS = ("what modality is this image?", "is there a fracture?", "which orga
 def measure(precision: str, args: argparse.Namespace) -> dict[str, Any]:
     engine = Engine.load(args.checkpoint, precision=precision)
     pairs = [(args.image, QUESTIONS[i % len(QUESTIONS)]) for i in range(args.questions)]
-    plain = {op.name: "torch" for op in registry.OPS.values()}
+    plain = {
+        op.name: next(n for n in ("torch", "composed", "reference") if n in op.names) for op in registry.OPS.values()
+    }
     times: dict[str, list[float]] = {"chosen": [], "torch": []}
     stages: dict[str, list[dict[str, float]]] = {"chosen": [], "torch": []}
     for repeat in range(args.repeats + 2):

@@ -5,15 +5,21 @@ Knows token ids, projected question states and the cache's tensors; does not kno
 Shapes: R rows, T answer length, Q questions, C width, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from miss.kernels.cross_attention import KV
+from miss.kernels.decoder_step import Decoder, decoder_step
 from miss.kernels.linear import linear
-from miss.kernels.linear_top_k import linear_top_k
+from miss.kernels.linear_top_k import linear_at, linear_top_k
+from miss.kernels.quant_linear import PackedWeight, quant_linear
+from miss.kernels.quant_linear import prepare as prepare_packed
 from miss.models.cache import KVCache
 from miss.models.config import TextConfig
 from miss.models.cross_kv import CrossKV
+from miss.models.decoding import Laid, cache_of, collect, vocabulary
 from miss.models.layers import LayerNorm, TextEmbeddings, TextLayer, mix
 from miss.models.linear import Linear, Panels
 from miss.models.packing import Packing
@@ -36,7 +42,10 @@ class LanguageModelHead(nn.Module):
 class AnswerDecoder(nn.Module):
     """The JTM's stack made causal; its cross-attention reads the states of the question, never the image."""
 
-    _vocabulary: Panels | None = None
+    vocabulary_panels: Panels | None = None
+    packed_vocabulary: PackedWeight | None = None
+    _laid: Laid | None = None
+    _prepared = False
 
     def __init__(self, config: TextConfig, embeddings: TextEmbeddings | None = None) -> None:
         super().__init__()
@@ -66,9 +75,42 @@ class AnswerDecoder(nn.Module):
             x = layer(x, lengths, question_kv[i], question_index, question_lengths, True, mix(seed, i), packing)
         return x if packing is None else packing.unpack(x)
 
+    def use_vocabulary(self, packed: PackedWeight | None) -> None:
+        """Multiplies with a packed word table (V, C) at the end of a step, W8A8; embeddings are read from the table
+        itself. None: with the table again.
+
+        Raises:
+            ValueError: it is not of the table's shape, or not int8 with int8 activations.
+        """
+        table = self.embeddings.word.weight
+        if packed is not None and (packed.shape != tuple(table.shape) or not packed.dynamic):
+            raise ValueError(
+                f"a packed vocabulary: got {packed.scheme} {packed.shape}, dynamic {packed.dynamic}; wanted int8 "
+                f"{tuple(table.shape)}, dynamic"
+            )
+        self.packed_vocabulary = None if packed is None else packed.to(table.device)
+        self.forget()
+
     def prepare(self) -> None:
-        """For inference: lays the vocabulary's matrix out once instead of at every step."""
-        self._vocabulary = Panels(self.embeddings.word.weight)
+        """For inference: lays the vocabulary's matrix out once instead of at every step, and collects the layers'
+        weights at the first step. To be called again after modules were replaced."""
+        if self.packed_vocabulary is None:
+            self.vocabulary_panels = Panels(self.embeddings.word.weight)
+        else:
+            self.packed_vocabulary = prepare_packed(self.packed_vocabulary)
+        self.forget()
+        self._prepared = True
+
+    def forget(self) -> None:
+        """What was collected of the layers; it is collected anew where it is wanted."""
+        self._laid = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnswerDecoder":
+        super()._apply(fn, recurse)
+        if self.packed_vocabulary is not None:
+            self.packed_vocabulary = self.packed_vocabulary.to(self.head.bias.device)
+        self.forget()
+        return self
 
     def step(
         self,
@@ -84,21 +126,50 @@ class AnswerDecoder(nn.Module):
 
         Args:
             tokens: int64 (R,), written to the cache.
-            slots: int32 (R,), the row's answer slot.
+            slots: int32 (R,), the row's answer slot; one slot's rows stand at successive positions.
             positions: int32 (R,), the token's position: 0 for [DEC].
             question_index: int32 (R,), the row's question slot, non-decreasing: beams of a question stand together.
         """
-        x = self.embeddings(tokens, positions.long())
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, TextLayer)
-            x = layer.step(
-                x, cache.layer(i), slots, positions, cache.question(i), question_index, cache.question_lengths
-            )
-        table = self.embeddings.word.weight
-        panels = None if self._vocabulary is None else self._vocabulary.of(table)
-        logits, ids, total = linear_top_k(self.head(x), table, self.head.bias, num_best, panels)
+        _, logits, ids, total = self._run(tokens, cache, slots, positions, question_index, num_best)
         return logits - total[:, None], ids
 
-    def logits(self, x: Tensor) -> Tensor:
-        """States (…, C) to logits (…, V)."""
-        return linear(self.head(x), self.embeddings.word.weight, self.head.bias)
+    def states(
+        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, question_index: Tensor
+    ) -> Tensor:
+        """The same, but (R, C): what the vocabulary matrix is multiplied with (`best`, `logits`, `logits_at`)."""
+        return self._run(tokens, cache, slots, positions, question_index, 0)[0]
+
+    def _run(
+        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, questions: Tensor, num_best: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights, runner = self._weights()
+        return decoder_step(weights, cache_of(cache), tokens, slots, positions, questions, num_best, runner)
+
+    def _weights(self) -> tuple[Decoder, object | None]:
+        if not self._prepared or torch.compiler.is_compiling():
+            return collect(self), None
+        if self._laid is None or not self._laid.fresh:
+            self._laid = Laid(self)
+        return self._laid.weights, self._laid.runner
+
+    def best(self, states: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best next tokens after states (R, C): log-probabilities (R, num_best), descending; ids int64
+        (R, num_best); the log-sum-exp of all logits (R,)."""
+        weight, bias, panels = vocabulary(self)
+        logits, ids, total = linear_top_k(states, weight, bias, num_best, panels)
+        return logits - total[:, None], ids, total
+
+    def logits(self, states: Tensor) -> Tensor:
+        """All logits (…, V) after states (…, C), which are `states`' or, teacher-forced, `head(forward(…))`; float32
+        (float64 in float64)."""
+        weight, bias, panels = vocabulary(self)
+        if isinstance(weight, PackedWeight):
+            logits = quant_linear(states, weight, bias)
+        else:
+            logits = linear(states, weight, bias, None, panels)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def logits_at(self, states: Tensor, ids: Tensor) -> Tensor:
+        """Logits (R, A) of the words `ids` int64 (R, A) alone, after states (R, C)."""
+        weight, bias, _ = vocabulary(self)
+        return linear_at(states, weight, bias, ids)

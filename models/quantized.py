@@ -110,6 +110,7 @@ def use_packed(model: MissVQA, packed: Mapping[str, PackedWeight]) -> MissVQA:
         bias = None if module.bias is None else module.bias.detach()
         new = QuantCrossKV(weight, bias, module.shape) if isinstance(module, CrossKV) else QuantLinear(weight, bias)
         model.set_submodule(name.removesuffix(".weight"), new)
+    model.decoder.forget()
     return model
 
 

@@ -180,7 +180,7 @@ def _most_likely(model: MissVQA, batch: VQABatch) -> Tensor:
         batch.question_lengths,
         batch.answer_lengths - 1,
     )
-    return model.decoder.logits(hidden).argmax(-1)
+    return model.decoder.logits(model.decoder.head(hidden)).argmax(-1)
 
 
 def _moments(model: MissVQA, batches: Sequence[VQABatch], names: Sequence[str] | None = None) -> dict[str, Moments]:

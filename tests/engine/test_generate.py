@@ -65,7 +65,7 @@ def teacher_forced(model, pixels, ids, lengths, answer: list[int]) -> torch.Tens
     states = model.encode_questions(ids, lengths, kv, index)
     tokens = torch.tensor([[TOKENS.dec, *answer[:-1]]])
     hidden = model.decoder(tokens, model.project_questions(states), index, lengths)
-    return torch.log_softmax(model.decoder.logits(hidden), -1)[0]
+    return torch.log_softmax(model.decoder.logits(model.decoder.head(hidden)), -1)[0]
 
 
 @torch.no_grad()

@@ -176,7 +176,7 @@ def run_ours(model: MissVQA, batch: VQABatch) -> dict[str, torch.Tensor]:
     return {
         "images": tokens[batch.image_index.long()],
         "states": states[real(batch.question_ids, batch.question_lengths)],
-        "logits": model.decoder.logits(hidden)[real(batch.answer_ids, batch.answer_lengths)],
+        "logits": model.decoder.logits(model.decoder.head(hidden))[real(batch.answer_ids, batch.answer_lengths)],
         "loss": out.loss_per_row.sum() / out.num_tokens.sum(),
     }
 
@@ -250,7 +250,7 @@ def test_padding_that_is_attended_to_is_theirs_as_shipped():
     states = ours.encode_questions(batch.question_ids, batch.question_lengths, kv, batch.image_index, padded=True)
     rows = torch.arange(len(states), dtype=torch.int32)
     hidden = ours.decoder(batch.answer_ids, ours.project_questions(states), rows, None, batch.answer_lengths)
-    got = ours.decoder.logits(hidden)[real(batch.answer_ids, batch.answer_lengths)]
+    got = ours.decoder.logits(ours.decoder.head(hidden))[real(batch.answer_ids, batch.answer_lengths)]
     torch.testing.assert_close(got, run_theirs(theirs, batch)["logits"], rtol=0, atol=1e-10)
 
 
