@@ -2,8 +2,8 @@
 
 Knows shapes; does not know modules, or who computes with them.
 
-Shapes: V vocabulary, C width, P positions, S answer slots, L answer length, Q question slots, T question length, H heads,
-D head width.
+Shapes: V vocabulary, C width, P positions, S answer slots, L answer length, Q question slots, T question length,
+H heads, D head width.
 """
 
 from typing import NamedTuple
