@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.test_generate import TOKENS, images, questions, tiny_config
 
 from miss.engine.runtime.candidate_tree import CandidateTree
 from miss.engine.runtime.ranker import rank_questions
@@ -13,7 +14,6 @@ from miss.engine.runtime.trie import AnswerTrie
 from miss.models.cache import KVCache
 from miss.models.config import MissConfig, PreprocessConfig
 from miss.models.vqa import MissVQA
-from tests.engine.test_batch import TOKENS, images, questions, tiny_config
 
 
 def scattered(config: MissConfig, dtype: torch.dtype, seed: int = 3, size: float = 0.3) -> MissVQA:
