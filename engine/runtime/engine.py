@@ -142,8 +142,8 @@ class Engine:
         Args:
             image: a path, encoded bytes, or decoded pixels uint8 (H, W, 3).
             timeout: seconds from now after which no more work is done for it.
-            on_token: called with the request, in the thread that steps, when `request.tokens` has grown; only searches
-                whose tokens are final as they come do (greedy, sampling).
+            on_token: called with the request, in the thread that steps (it must not step itself), when its `token_ids`
+                have grown; not by searches whose tokens may still change (beams).
             on_done: called so when the request has ended.
 
         Raises:
@@ -182,7 +182,7 @@ class Engine:
                 self.runner.prefill(self.scheduler.admit())
                 self.runner.decode(self.scheduler.active())
                 self._conclude()
-            except Exception as error:  # a fault of ours: nobody may wait for ever for a step that broke
+            except BaseException as error:  # a fault of ours, or an interrupt between two writes: nobody waits for ever
                 self._fail_running(error)
                 raise
             finally:
@@ -192,7 +192,8 @@ class Engine:
     def _conclude(self) -> None:
         """Tells who listens what has come, and makes answers of searches that are done."""
         for request in self.scheduler.active():
-            if request.on_token is not None and request.search.streams:
+            if request.on_token is not None and request.search.streams and len(request.token_ids) > request.num_told:
+                request.num_told = len(request.token_ids)
                 _tell(request, request.on_token)
             if request.search.done and not request.done:
                 request.ended = time.monotonic()
@@ -213,7 +214,7 @@ class Engine:
                 _tell(request, request.on_done)
         return ended
 
-    def _fail_running(self, error: Exception) -> None:
+    def _fail_running(self, error: BaseException) -> None:
         for request in self.scheduler.active():
             fault = EngineFault("the engine failed in a step; ask again, and report it if it stays so")
             fault.__cause__ = error

@@ -9,8 +9,10 @@ used: many images seen once do not drive out the keys and values of the one that
 Shapes: P pool slots, I images, N tokens, C width, H heads, D head width.
 """
 
+import heapq
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,10 +105,12 @@ class ImageCache:
                 placed.append(slot)
             return placed
 
-    def layers(self) -> list[KV]:
-        """The pool as every layer reads it: K and V (P, N, H, D)."""
+    def layers(self, slots: Sequence[int]) -> tuple[list[KV], int]:
+        """The part of the pool that holds `slots`, as every layer reads it: K and V (last - first + 1, N, H, D), and
+        the first slot."""
         assert self._pool is not None
-        return split_layers(self._pool)
+        first = min(slots)
+        return split_layers(self._pool[first : max(slots) + 1]), first
 
     def rows(self, slots: list[int]) -> Tensor:
         """Keys and values of some slots, copied: (len, N, layers, 2, H, D)."""
@@ -128,14 +132,12 @@ class ImageCache:
         self._pool_size = count * self._each
         # Pages of the pool take memory once they are written.
         self._pool = product.new_empty(count, *product.shape[1:])
-        self._free = list(range(count))[::-1]
+        self._free = list(range(count))
 
     def _place(self, key: bytes, in_use: set[int]) -> int | None:
         """A pool slot for `key`, the least recently used one's if there is no free one."""
-        slot = next((s for s in reversed(self._free) if s not in in_use), None)
-        if slot is not None:
-            self._free.remove(slot)
-        else:
+        slot = self._take_free(in_use)
+        if slot is None:
             victim = next((k for k, s in self._slots.items() if s not in in_use), None)
             if victim is None:
                 return None
@@ -145,12 +147,22 @@ class ImageCache:
         self._count_kv()
         return slot
 
+    def _take_free(self, in_use: set[int]) -> int | None:
+        """The lowest free slot. One that is in use is free where its image's tokens were evicted in this very batch."""
+        busy = []
+        while self._free and self._free[0] in in_use:
+            busy.append(heapq.heappop(self._free))
+        slot = heapq.heappop(self._free) if self._free else None
+        for one in busy:
+            heapq.heappush(self._free, one)
+        return slot
+
     def _evict_tokens(self, size: int) -> None:
         key, tokens = self._tokens.popitem(last=False)
         self.tokens_tier.bytes -= tokens.numel() * tokens.element_size()
         self.tokens_tier.evictions += 1
         if key in self._slots:
-            self._free.append(self._slots.pop(key))
+            heapq.heappush(self._free, self._slots.pop(key))
             self.kv_tier.evictions += 1
             self._count_kv()
 

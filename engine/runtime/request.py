@@ -76,7 +76,7 @@ class Request:
 
     `answer` is set once `state` is answered, `error` once it is failed or cancelled. `deadline` and all times are those
     of `time.monotonic`. candidates: the list that is ranked or allowed. question_slot and answer_slots (one a branch of
-    the search) are its own while it runs.
+    the search) are its own while it runs. num_told: of its tokens, those that `on_token` was called for.
     """
 
     id: int
@@ -95,6 +95,7 @@ class Request:
     error: ValueError | None = None
     question_slot: int = -1
     answer_slots: list[int] = field(default_factory=list)
+    num_told: int = 0
 
     arrived: float = field(default_factory=time.monotonic)
     prepared: float = 0.0

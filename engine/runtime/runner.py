@@ -71,7 +71,8 @@ class Runner:
             slots = [placed.get(image, slot) for image, slot in zip(images, slots, strict=True)]
         found = {image: slot for image, slot in zip(images, slots, strict=True) if slot is not None}
         if len(found) == len(images):
-            return self.images.layers(), found
+            layers, first = self.images.layers(list(found.values()))
+            return layers, {image: slot - first for image, slot in found.items()}
         kept = [image for image in images if image not in set(missing)]
         parts = [product, self.images.rows([found[image] for image in kept])] if kept else [product]
         together = parts[0] if len(parts) == 1 else torch.cat(parts)
