@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.test_generate import TOKENS, images, questions, tiny_config
 
 from miss.engine.runtime.candidate_tree import CandidateTree
 from miss.engine.runtime.ranker import rank_questions
