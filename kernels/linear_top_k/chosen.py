@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from miss.kernels.quant_linear import PackedWeight
-from miss.kernels.quant_linear.reference import quantise_rows, rescale
+from miss.kernels.quant_linear.reference import dynamic, quantise_rows, rescale
 from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to
 
 
@@ -31,6 +31,10 @@ def gathered_quant(hidden: Tensor, data: Tensor, scale: Tensor, bias: Tensor | N
     return rescale(total, x_scale, scale[ids], None if bias is None else bias.to(acc)[ids], acc)
 
 
+def reference_quant(hidden: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    return dynamic(hidden.to(accumulator(hidden.dtype)), data, scale, bias).gather(1, ids)
+
+
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
     acc = accumulator(hidden.dtype)
     z = hidden.to(acc) @ weight.to(acc).T
@@ -42,7 +46,11 @@ CHOSEN = Op(
     Impl("torch", gathered, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference, dtypes=ALL_FLOATS),
 )
-CHOSEN_QUANT = Op("linear_at_w8a8", Impl("reference", gathered_quant, dtypes=ALL_FLOATS))
+CHOSEN_QUANT = Op(
+    "linear_at_w8a8",
+    Impl("torch", gathered_quant, dtypes=ALL_FLOATS, composite=True),
+    Impl("reference", reference_quant, dtypes=ALL_FLOATS),
+)
 
 
 def linear_at(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, ids: Tensor) -> Tensor:
