@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from miss.kernels.cross_attention import KV
-from miss.kernels.quant_linear import PackedWeight, from_flat, pack_int8, packed_names, to_flat, unpack
+from miss.kernels.quant_linear import (
+    PackedWeight,
+    from_flat,
+    pack_int8,
+    packed_names,
+    quant_linear_into,
+    to_flat,
+    unpack,
+)
 from miss.models.config import from_dict
-from miss.models.cross_kv import CrossKV, split_layers
+from miss.models.cross_kv import CrossKV, in_order, room_for, split_layers
 from miss.models.linear import Linear, QuantLinear
 from miss.models.vqa import MissVQA
 
@@ -93,7 +101,16 @@ class QuantCrossKV(QuantLinear):
         self.shape = shape
 
     def layers(self, source: Tensor) -> list[KV]:
-        return split_layers(self(source).unflatten(-1, self.shape))
+        return split_layers(self.product(source))
+
+    def product(self, source: Tensor, out: Tensor | None = None) -> Tensor:
+        """As `CrossKV.product`."""
+        if out is None and (in_order(source) or not self.packed.dynamic):
+            return self(source).unflatten(-1, self.shape)
+        out = room_for(source, self.shape) if out is None else out
+        if self.packed.dynamic:
+            return quant_linear_into(source, self.packed, self.bias, out)
+        return out.copy_(self(source).unflatten(-1, self.shape))
 
 
 def linear_modules(model: nn.Module) -> dict[str, Linear]:

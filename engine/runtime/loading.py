@@ -11,8 +11,9 @@ from miss.models.quantized import use_int8
 from miss.models.vqa import MissVQA
 from miss.models.weights import LoadReport, load_checkpoint
 
-# int8: float32 with every linear layer packed a scale a row and multiplied with int8 activations (W8A8).
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
+# int8: bfloat16 with every linear layer packed a scale a row and multiplied with int8 activations (W8A8). Between the
+# products bfloat16 gives 1,035 of SLAKE's 1,053 validation answers as the float32 reference does, float32 gave 1,031.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 
 

@@ -1,5 +1,6 @@
 """Products with packed int8 and int4 weights, and the one description of how they are packed."""
 
+from miss.kernels.quant_linear.into import quant_linear_into
 from miss.kernels.quant_linear.op import prepare, quant_embedding, quant_linear
 from miss.kernels.quant_linear.packing import (
     PackedWeight,
@@ -29,6 +30,7 @@ __all__ = [
     "quant_embedding",
     "prepare",
     "quant_linear",
+    "quant_linear_into",
     "quant_linear_rows",
     "quant_linear_rows_quantised",
     "quantise_rows",
