@@ -29,6 +29,7 @@ class Quantization:
 
     shapes: of packed tensors that are no matrices.
     parent: the SHA-256 of the tensors that were packed. report: how it was done and what it cost, for people.
+    kept: linear layers that are not packed.
     """
 
     version: int = VERSION
@@ -36,6 +37,7 @@ class Quantization:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     parent: str = ""
     report: dict[str, Any] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Quantization":

@@ -8,7 +8,7 @@ as padding) count nothing, the others between half and ten times the average.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from miss.models.quantized import linear_modules
 from miss.models.vqa import MissVQA, VQABatch
 
 _FLOOR, _CEILING = 0.5, 10.0
-_ROWS_A_CALL, _ROWS = 16, 512  # of a layer's inputs, kept as they are
+_ROWS_A_CALL, _ROWS = 16, 256  # of a layer's inputs, kept as they are
 
 
 @dataclass
@@ -65,6 +65,11 @@ class Moments:
     def sample(self) -> Tensor:
         """(n, K): inputs from all calls alike; empty where none counted."""
         return torch.cat(self.rows) if self.rows else self.mean.new_zeros(0, len(self.mean))
+
+    def scaled(self, scale: Tensor) -> "Moments":
+        """The moments of inputs divided by `scale` (K,)."""
+        inputs = self.inputs / (scale[:, None] * scale)
+        return replace(self, inputs=inputs, mean=self.mean / scale, rows=[rows / scale for rows in self.rows])
 
     @property
     def hessian(self) -> Tensor:

@@ -12,14 +12,14 @@ nothing that could take it up.
 Source: arXiv 2211.10438 (SmoothQuant); alpha is chosen for each layer by the error of its outputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from miss.kernels.quant_linear import dequantise_rows, pack_int8, unpack
-from miss.kernels.quant_linear.packing import quantise_rows
+from miss.engine.runtime.calibration import Moments
+from miss.kernels.quant_linear import PackedWeight, dequantise_rows, pack_int8, quantise_rows, unpack
 from miss.models.layers import CrossAttention, SelfAttention
 from miss.models.vision import VisionBlock
 from miss.models.vqa import MissVQA
@@ -76,22 +76,55 @@ def choose_scale(weight: Tensor, sample: Tensor, outputs: Tensor | None = None) 
     return scale, chosen
 
 
-def w8a8_error(weight: Tensor, sample: Tensor, outputs: Tensor | None = None, packed: Tensor | None = None) -> float:
-    """The relative error of a layer's outputs, root mean square, when weight and inputs are rounded to int8.
+def w8a8_error(weight: Tensor, sample: Tensor, outputs: Tensor | None = None) -> float:
+    """The relative error of a layer's outputs, root mean square, when weight and inputs are rounded to int8; `outputs`
+    (N,) is what a squared error of each output counts."""
+    error, size = rounding_errors(weight, sample)
+    counts = torch.ones_like(error) if outputs is None else outputs
+    return float(((error * counts).sum() / (size * counts).sum().clamp_min(1e-30)).sqrt())
+
+
+def rounding_errors(
+    weight: Tensor, sample: Tensor, packed: PackedWeight | None = None, dynamic: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Each output's mean squared error (N,), and its mean square, over inputs (n, K).
 
     Args:
-        outputs: (N,), what a squared error of each output counts.
-        packed: the weight after rounding, unpacked, where it is there already.
+        weight: (N, K) before rounding. packed: what became of it; None rounds it to int8 by rows.
+        dynamic: whether the inputs are rounded to int8, too.
     """
-    rounded = unpack(pack_int8(weight)) if packed is None else packed
-    seen = dequantise_rows(quantise_rows(sample))
+    rounded = unpack(pack_int8(weight) if packed is None else packed)
+    seen = dequantise_rows(quantise_rows(sample)) if dynamic else sample
     wanted = sample @ weight.T
-    counts = 1.0 if outputs is None else outputs
-    error, size = ((seen @ rounded.T - wanted).square() * counts).sum(), (wanted.square() * counts).sum()
-    return float((error / size.clamp_min(1e-30)).sqrt())
+    return (seen @ rounded.T - wanted).square().mean(0), wanted.square().mean(0)
 
 
-def apply_fold(tensors: dict[str, Tensor], fold: Fold, scale: Tensor) -> None:
+def smooth(
+    model: MissVQA, tensors: Mapping[str, Tensor], moments: dict[str, Moments]
+) -> dict[str, float]:
+    """Scales every layer where that pays, in place in `tensors` (which the model's may be) and in `moments`.
+
+    Returns:
+        The alphas by layer.
+    """
+    alphas = {}
+    for fold in folds(model):
+        seen = moments.get(fold.layer)
+        if seen is None or not seen.tokens:
+            continue
+        scale, alpha = choose_scale(tensors[fold.layer], seen.sample, seen.outputs)
+        if scale is None:
+            continue
+        alphas[fold.layer] = alpha
+        apply_fold(tensors, fold, scale)
+        moments[fold.layer] = seen.scaled(scale)
+        source = moments.get(fold.sources[0])
+        if source is not None:  # values that are smaller by s count more by s
+            source.outputs[fold.start : fold.start + len(scale)] *= scale.square()
+    return alphas
+
+
+def apply_fold(tensors: Mapping[str, Tensor], fold: Fold, scale: Tensor) -> None:
     """Multiplies the layer's columns and divides what makes its inputs, in place."""
     tensors[fold.layer].mul_(scale)
     rows = slice(fold.start, fold.start + len(scale))

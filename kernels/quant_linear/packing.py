@@ -29,10 +29,12 @@ import torch
 from torch import Tensor
 
 from miss.kernels.quant_linear import int4_fit
+from miss.kernels.registry import lazy
 
 GROUPS = (32, 64, 128)
 _VERSION = 1
 _CODES = {"int8": 8, "int4": 4, "llm-int8": 108, "nf4": 104}  # how `layout` calls the schemes
+LIBRARY = ("nf4", "llm-int8")  # bitsandbytes' schemes
 OUTLIER = 6.0
 NF4_BLOCK = 64
 NF4 = (
@@ -158,6 +160,32 @@ def pack_int4(
         _to_nibbles(best.codes), best.scale.half(), None if symmetric else best.zero.to(torch.uint8),
         "int4", group, _shape(w),
     )  # fmt: skip
+
+
+def pack_nf4(weight: Tensor) -> PackedWeight:
+    """A float matrix (N, K) with an even number of elements a row as nf4.
+
+    Raises:
+        PackingError: the weight is not a finite float matrix, or has an odd number of columns.
+        ImportError: bitsandbytes, which packs it, is not installed.
+    """
+    w = _checked(weight)
+    if w.shape[1] % 2:
+        raise PackingError(f"nf4: {w.shape[1]} columns; wanted an even number")
+    return _by_library("pack_nf4", w)
+
+
+def pack_llm_int8(weight: Tensor) -> PackedWeight:
+    """A float matrix (N, K) as LLM.int8's rows; errors as `pack_nf4`."""
+    w = _checked(weight)
+    if w.numel() and w.abs().max() > 65504:
+        raise PackingError(f"llm-int8: weights up to {w.abs().max():.3g} do not fit float16")
+    return _by_library("pack_llm_int8", w)
+
+
+def _by_library(function: str, weight: Tensor) -> PackedWeight:
+    packed: PackedWeight = lazy("quant_linear.bitsandbytes_impl", function)(weight)
+    return packed
 
 
 def pack_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> PackedWeight:

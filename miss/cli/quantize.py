@@ -25,7 +25,7 @@ from miss.models.vqa import MissVQA, VQABatch
 from miss.models.weights import CARD, CONFIG, TOKENIZER, WEIGHTS, load_checkpoint, write_checkpoint
 
 _HEADER = 160  # bytes that a tensor takes in the header of a safetensors file, its name included, at most
-_IMAGES_A_BATCH, _QUESTIONS_AN_IMAGE = 4, 6
+_IMAGES_A_BATCH, _QUESTIONS_AN_IMAGE = 4, 12
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Args:
     check_split: str = "validate"
     """The split that the packed model is compared with its parent on; '' compares nothing."""
     num_images: int = 96
-    """Images that calibrate, and as many that compare, with up to 6 questions each."""
+    """Images that calibrate, and as many that compare, with up to 12 questions each."""
     compensate: bool = True
     """Whether rounding errors are made good within each layer (GPTQ)."""
     overwrite: bool = False
