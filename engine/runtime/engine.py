@@ -17,15 +17,13 @@ import torch
 from miss.engine.data.images import ImageSource, decode_image
 from miss.engine.data.processor import Processor
 from miss.engine.runtime.generate import Generated, generate
+from miss.engine.runtime.loading import CHECKPOINTS, find_checkpoint, load_model
 from miss.engine.runtime.sampler import SamplingParams
 from miss.engine.runtime.search import Hypothesis
-from miss.models.quantized import use_int8
 from miss.models.vqa import MissVQA
-from miss.models.weights import LoadReport, load_checkpoint
+from miss.models.weights import LoadReport
 
-# int8: float32 with every linear layer packed a scale a row and multiplied with int8 activations (W8A8).
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
-CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
+__all__ = ["CHECKPOINTS", "Alternative", "Answer", "Engine", "Image", "find_checkpoint"]
 
 Image = str | Path | bytes | np.ndarray | ImageSource
 """A path, encoded bytes, decoded pixels uint8 (H, W, 3), or an entry of a packed data set."""
@@ -68,25 +66,6 @@ class Answer:
         return asdict(self)
 
 
-def find_checkpoint(path_or_name: str | Path) -> Path:
-    """A checkpoint folder: a path, or the name of one that ships with the project.
-
-    Raises:
-        ValueError: neither; the message names the ones that ship.
-    """
-    path = Path(path_or_name)
-    if path.is_dir():
-        return path
-    shipped = CHECKPOINTS / path
-    if len(path.parts) == 1 and shipped.is_dir():
-        return shipped
-    known = sorted(p.name for p in CHECKPOINTS.iterdir() if p.is_dir()) if CHECKPOINTS.is_dir() else []
-    raise ValueError(
-        f"no checkpoint {str(path_or_name)!r}: wanted a folder with config.json and model.safetensors"
-        + (f", or one of: {', '.join(known)}" if known else "")
-    )
-
-
 class Engine:
     """A loaded model and its processor: `Engine.load(path).answer(image, question)`."""
 
@@ -97,27 +76,27 @@ class Engine:
         self.device = next(model.parameters()).device
         self.load_seconds = 0.0
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the form in which the checkpoint runs."""
+        return () if self.report is None else self.report.notes
+
     @classmethod
     def load(cls, path_or_name: str | Path = "miss-small", precision: str = "auto", device: str = "cpu") -> "Engine":
         """Loads a checkpoint folder.
 
         Args:
             path_or_name: a folder, or the name of a checkpoint that ships with the project.
-            precision: fp32, bf16, fp16 or int8; auto is fp32 on CPU and bf16 on CUDA.
+            precision: fp32, bf16, fp16, int8, or what a packed checkpoint carries; auto is fp32 on CPU (a packed form
+                only where its report says that it passed the agreement gate; `notes` says so) and bf16 on CUDA.
             device: cpu, cuda, cuda:1 …
 
         Raises:
             ValueError: the precision is unknown, or the checkpoint is missing, damaged or does not fit its config.
         """
         start = time.perf_counter()
-        dtype = _precision(precision, device)
         folder = find_checkpoint(path_or_name)
-        with torch.inference_mode(False):  # a caller's: tensors made in it count no changes, and are never prepared
-            model, report = load_checkpoint(folder)
-            model = model.to(device, dtype)
-            if precision == "int8":
-                use_int8(model)
-            model.prepare()
+        model, report = load_model(folder, precision, device)
         engine = cls(model, Processor.from_folder(folder), model.config.name, report)
         engine.load_seconds = time.perf_counter() - start
         return engine
@@ -237,15 +216,3 @@ def _raw(image: bytes | np.ndarray) -> bytes:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"decoded pixels: got {image.dtype} {image.shape}; wanted uint8 (height, width, 3)")
     return repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()
-
-
-def _precision(precision: str, device: str) -> torch.dtype:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got {device!r}, but no CUDA device is available here; accepted: cpu")
-    if not device.startswith(("cpu", "cuda")):
-        raise ValueError(f"device: got {device!r}; accepted: cpu, cuda, cuda:N")
-    if precision == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}; accepted: auto, {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]

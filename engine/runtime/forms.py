@@ -128,19 +128,19 @@ def pack(weight: Tensor, form: str, moments: Moments | None, compensate: bool) -
         ImportError: bitsandbytes, which the form needs, is not installed.
     """
     matrix = weight.flatten(1)
-    known = moments is not None and moments.tokens > 0
+    seen = moments if moments is not None and moments.tokens > 0 else None
     if form in ("nf4", "llm-int8"):
         return pack_nf4(matrix) if form == "nf4" else pack_llm_int8(matrix)
     if form in ("int8", "w8a8"):
-        if known and compensate:
-            return pack_int8_compensated(matrix, moments.hessian, form == "w8a8")
+        if seen is not None and compensate:
+            return pack_int8_compensated(matrix, seen.hessian, form == "w8a8")
         return pack_int8(matrix, form == "w8a8")
     group = int(form.removeprefix("int4-"))
-    if not known:
+    if seen is None:
         return pack_int4(matrix, group)
     if compensate:
-        return pack_int4_compensated(matrix, moments.hessian, group)
-    return pack_int4(matrix, group, importance=moments.hessian.diagonal())
+        return pack_int4_compensated(matrix, seen.hessian, group)
+    return pack_int4(matrix, group, importance=seen.hessian.diagonal())
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,33 @@ def agreement(parent: MissVQA, child: MissVQA, batches: Sequence[VQABatch]) -> d
     return {"rows": rows, "same_tokens": same / rows, "parent_loss": losses[0] / rows, "loss": losses[1] / rows}
 
 
+def gap_where_they_part(
+    model: MissVQA, pixels: Tensor, question: list[int], mine: list[int], other: list[int]
+) -> float:
+    """What the model's log-probability of `mine` lies above that of `other` at the first token in which they differ.
+
+    Args:
+        pixels: uint8 (S, S, 3). question: token ids. mine, other: generated token ids, not the same.
+    """
+    shared = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other)))
+    start = [model.config.tokens.dec, *mine[:shared]]
+    if shared == min(len(mine), len(other)):  # one goes on where the other ran out of tokens
+        return 0.0
+    answers = torch.tensor([[*start, mine[shared]], [*start, other[shared]]])
+    batch = VQABatch(
+        pixels[None],
+        None,
+        torch.tensor([question, question]),
+        torch.full((2,), len(question), dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        answers,
+        torch.full((2,), answers.shape[1], dtype=torch.int32),
+    )
+    with torch.inference_mode():
+        losses = model(batch).loss_per_row
+    return float(losses[1] - losses[0])
+
+
 def _most_likely(model: MissVQA, batch: VQABatch) -> Tensor:
     """The most likely next token at every place of the answers: int64 (R, A - 1)."""
     tokens = batch.image_tokens
@@ -270,7 +297,7 @@ def encoded(model: MissVQA, batches: Sequence[VQABatch]) -> list[VQABatch]:
 
 
 def _is_table(name: str, scheme: str) -> bool:
-    """Word tables, the patch projection and the image positions: packed by rows, to int8, under every scheme; positions only where bytes count."""
+    """Word tables and the patch projection: packed by rows, to int8. The image positions, too, where bytes count."""
     if name.endswith(WORDS) or name == "vision.patch_embed.weight":
         return True
     return name == POSITIONS and scheme in _HALF

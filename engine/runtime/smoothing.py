@@ -50,9 +50,7 @@ def folds(model: MissVQA) -> Iterator[Fold]:
         elif isinstance(module, CrossAttention):
             tower, _, number, _ = name.split(".")
             start = (2 * int(number) + 1) * module.output.in_features
-            yield Fold(
-                f"{name}.output.weight", (f"{tower}.cross_kv.weight", f"{tower}.cross_kv.bias"), start
-            )
+            yield Fold(f"{name}.output.weight", (f"{tower}.cross_kv.weight", f"{tower}.cross_kv.bias"), start)
 
 
 def smooth_scale(weight: Tensor, sample: Tensor, alpha: float) -> Tensor:
@@ -99,9 +97,7 @@ def rounding_errors(
     return (seen @ rounded.T - wanted).square().mean(0), wanted.square().mean(0)
 
 
-def smooth(
-    model: MissVQA, tensors: Mapping[str, Tensor], moments: dict[str, Moments]
-) -> dict[str, float]:
+def smooth(model: MissVQA, tensors: Mapping[str, Tensor], moments: dict[str, Moments]) -> dict[str, float]:
     """Scales every layer where that pays, in place in `tensors` (which the model's may be) and in `moments`.
 
     Returns:

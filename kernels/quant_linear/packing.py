@@ -233,9 +233,7 @@ def dequantise(
     return w[..., :columns].to(dtype)
 
 
-def dequantise_nf4(
-    data: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32
-) -> Tensor:
+def dequantise_nf4(data: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
     """The (N, K) matrix of nf4 codes and block scales."""
     table = torch.tensor(NF4, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=data.device)
     codes = torch.stack([data >> 4, data & 15], 1).flatten()[: shape[0] * shape[1]]
