@@ -91,6 +91,7 @@ def rounding_errors(
         weight: (N, K) before rounding. packed: what became of it; None rounds it to int8 by rows.
         dynamic: whether the inputs are rounded to int8, too.
     """
+    weight = weight.detach()
     rounded = unpack(pack_int8(weight) if packed is None else packed)
     seen = dequantise_rows(quantise_rows(sample)) if dynamic else sample
     wanted = sample @ weight.T

@@ -47,7 +47,7 @@ def nf4(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, columns: in
     code = torch.tensor(NF4, device=x.device)
     shape = torch.Size((2 * len(data) // columns, columns))
     state = bnb.functional.QuantState(scale, shape, code, NF4_BLOCK, "nf4", x.dtype)
-    rows = x.reshape(-1, columns)
+    rows = x.reshape(-1, columns).contiguous()
     bias = None if bias is None else bias.to(x.dtype)
     return bnb.matmul_4bit(rows, data.view(1, -1), state, bias=bias).view(*x.shape[:-1], shape[0])
 
@@ -58,6 +58,6 @@ def llm_int8(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     state = bnb.MatmulLtState()
     state.CB, state.SCB = data, scale * 127
     state.has_fp16_weights, state.is_training, state.threshold = False, False, OUTLIER
-    rows = x.reshape(-1, x.shape[-1]).half()
+    rows = x.reshape(-1, x.shape[-1]).half().contiguous()
     y = bnb.matmul(rows, data, state=state, threshold=OUTLIER, bias=None if bias is None else bias.half())
     return y.to(x.dtype).view(*x.shape[:-1], len(data))
