@@ -13,6 +13,7 @@ from miss.engine.runtime.trie import AnswerTrie
 from miss.models.cache import KVCache
 from miss.models.config import MissConfig, PreprocessConfig
 from miss.models.vqa import MissVQA
+from tests.engine.test_batch import TOKENS, images, questions, tiny_config
 
 
 def scattered(config: MissConfig, dtype: torch.dtype, seed: int = 3, size: float = 0.3) -> MissVQA:
