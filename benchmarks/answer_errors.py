@@ -48,7 +48,7 @@ def logit_errors(peers: Sequence[PeerProcess], checkpoint: Path, job: Job, file:
     # [SEP], put out of reach where answers have a fixed length, is no logit of the model's.
     real = np.where(exact > -1e3, exact, np.nan)
     largest = float(np.nanmax(np.abs(real - np.nanmean(real, -1, keepdims=True))))
-    found = {}
+    found: dict[str, Any] = {}
     for peer in peers:
         try:
             peer.ask("prepare", file)
@@ -101,7 +101,7 @@ def judged(
     return result
 
 
-def jobs_for(model: Model, samples: list[Sample], limit: int | None, num_tokens: int) -> list[tuple[Job, list[Sample]]]:
+def jobs_for(model: Model, samples: list[Sample], limit: int, num_tokens: int) -> list[tuple[Job, list[Sample]]]:
     """The questions of a split, or `limit` of them spread over it."""
-    chosen = samples if limit is None else samples[:: max(1, len(samples) // limit)][:limit]
+    chosen = samples[:: max(1, len(samples) // limit)][:limit]
     return judged_jobs(model, chosen, num_tokens)

@@ -93,7 +93,9 @@ def _lines(results: list[Result], along: str, value: Value) -> dict[str, list[tu
 def _curve(lines: dict[str, list[tuple[float, float]]], x: str, y: str) -> bytes:
     figure, axes = _figure(8, 5)
     for colour, (name, points) in zip(_COLOURS * 3, lines.items(), strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), marker="o" if name.startswith("miss") else "s", color=colour, label=name)
+        axes.plot(
+            *zip(*sorted(points), strict=True), marker="o" if name.startswith("miss") else "s", color=colour, label=name
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel(x)

@@ -12,8 +12,21 @@ from miss.benchmarks.answer_models import QUESTION_TOKENS
 from miss.models.config import MissConfig
 
 _BUSY = 0.05
-_HEAD = ("", "ms", "min", "image", "question", "decode", "± %", "ours / it", "logit error max, mean", "same answers",
-         "accuracy", "MB", "peak MB")
+_HEAD = (
+    "",
+    "ms",
+    "min",
+    "image",
+    "question",
+    "decode",
+    "± %",
+    "ours / it",
+    "logit error max, mean",
+    "same answers",
+    "accuracy",
+    "MB",
+    "peak MB",
+)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -35,8 +35,8 @@ def flops(config: MissConfig, questions: int, question_length: int, tokens: int)
 
 
 def shares(config: MissConfig, tokens: int, precision: str, turns: Turns, read: float) -> dict[str, Any]:
-    """decode_share_of_read: of the bandwidth `read` (bytes a second) measured in the same rounds. cached: an answer about
-    an image that was just asked about; cached_over_stages: that / its own question and decode stages."""
+    """decode_share_of_read: of the bandwidth `read` (bytes a second) that was measured in the same rounds. cached_ms:
+    an answer about an image just asked about; cached_over_stages: that / its own question and decode stages."""
     step = statistics.median(turns.seconds["decode"]) / tokens
     found: dict[str, Any] = {
         "decode_step_ms": round(1e3 * step, 3),
@@ -50,7 +50,9 @@ def shares(config: MissConfig, tokens: int, precision: str, turns: Turns, read: 
     return found
 
 
-def grouped(config: MissConfig, one_ms: float, many_ms: float, questions: int, length: int, tokens: int) -> dict[str, float]:
+def grouped(
+    config: MissConfig, one_ms: float, many_ms: float, questions: int, length: int, tokens: int
+) -> dict[str, float]:
     """How much faster `questions` over one image are than asked apart, and the share of what the operations allow."""
     allowed = questions * flops(config, 1, length, tokens) / flops(config, questions, length, tokens)
     reached = questions * one_ms / many_ms

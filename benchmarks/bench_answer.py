@@ -9,10 +9,9 @@ Knows what is measured and in which order; does not know how a peer runs, or how
 """
 
 import functools
-import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from miss.benchmarks import answer_errors, answer_models, answer_rounds, answer_shares, record
 from miss.benchmarks.answer_models import Model
 from miss.benchmarks.answer_rounds import Turns, ratio, spread
+from miss.benchmarks.answer_settings import Options, Setting
 from miss.benchmarks.ceilings import Ceilings
 from miss.benchmarks.peers.catalogue import OURS, Entry, chosen
 from miss.benchmarks.peers.process import PeerError, PeerProcess, convert
@@ -29,57 +29,16 @@ from miss.models.weights import read_config
 _REFERENCE = "hf-fp32"  # what every precision of ours is held against, besides the peers of its own
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One point of the measurement."""
-
-    preset: str
-    image_size: int
-    batch: int
-    questions_per_image: int
-    tokens: int
-
-    @property
-    def label(self) -> str:
-        return (
-            f"{self.preset}-{self.image_size}px-b{self.batch}-q{self.questions_per_image}-t{self.tokens}"
-        )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to measure. `judged`: how many questions of the validation split are answered; None all, 0 none."""
-
-    settings: tuple[Setting, ...]
-    peers: tuple[str, ...] = ("headline",)
-    precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
-    rounds: int = 11
-    judged: int | None = 200
-    together: int = 6
-    data: Path | None = None
-    work: Path = field(default_factory=answer_models.default_work)
-    threads: int = 0
-
-
 def run(options: Options, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Measures each setting; a result for each, the errors of the shipped checkpoint in every one."""
     peers, absent = chosen(options.peers)
     ours = [entry for entry in OURS if entry.precision in options.precisions]
     for name, reason in absent.items():
         say(f"{name}: {reason}")
-    judged = _judged(options, [*ours, *peers], say) if options.judged != 0 else {}
+    judged = _judged(options, [*ours, *peers], say) if options.judged else {}
     ceilings = Ceilings(torch.device("cpu"))
     for setting in options.settings:
         yield _setting(setting, options, ours, peers, absent, ceilings, say) | {"answers": judged}
-
-
-def settings(
-    preset: str, image_sizes: tuple[int, ...], batches: tuple[int, ...], questions: tuple[int, ...],
-    tokens: tuple[int, ...],
-) -> tuple[Setting, ...]:
-    """All combinations."""
-    sizes = image_sizes or (answer_models.image_size_of(preset),)
-    return tuple(Setting(preset, *one) for one in itertools.product(sizes, batches, questions, tokens))
 
 
 def _setting(
@@ -94,9 +53,7 @@ def _setting(
     model = answer_models.timed_model(setting.preset, setting.image_size, options.work)
     failed = dict(absent)
     peers = [peer for peer in peers if _converted(peer, model, options, failed, say)]
-    job = answer_models.timed_job(
-        model, options.data, setting.batch, setting.questions_per_image, setting.tokens
-    )
+    job = answer_models.timed_job(model, options.data, setting.batch, setting.questions_per_image, setting.tokens)
     file = model.work / "jobs" / f"{setting.label}.npz"
     job.save(file)
     rows: dict[str, Any] = {}
@@ -135,7 +92,7 @@ def _group(
     ours = frozenset(entry.name for entry in entries if entry.ours)
     with answer_rounds.started(make, failed, names) as alive:
         found, dropped = answer_rounds.in_turn(
-            alive, file, options.rounds, lambda: reads.append(ceilings.bandwidth("read")), ours
+            alive, file, options.rounds_of(setting), lambda: reads.append(ceilings.bandwidth("read")), ours
         )
         failed |= dropped
         memory = {peer.entry.name: peer.memory() | {"load_s": round(peer.load_seconds, 2)} for peer in alive}
@@ -197,7 +154,8 @@ def _judged(options: Options, entries: list[Entry], say: Callable[[str], None]) 
     if not samples:
         say("answers are not judged: no SLAKE in --data, $MISS_DATA or ../shared/data")
         return {}
-    model, failed = answer_models.judged_model(options.work), {}
+    model = answer_models.judged_model(options.work)
+    failed: dict[str, str] = {}
     jobs = answer_errors.jobs_for(model, samples, options.judged, 20)
     found: dict[str, list[list[int]]] = {}
     for entry in entries:

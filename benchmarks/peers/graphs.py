@@ -86,9 +86,7 @@ class Graph(nn.Module):
 
 
 class Vision(Graph):
-    def __init__(
-        self, config: MissConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, config: MissConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, tensors, config.vision.num_heads, dtype)
         scale, shift = config.preprocess.affine
         self.scale, self.shift = torch.tensor(scale, dtype=dtype), torch.tensor(shift, dtype=dtype)
@@ -110,9 +108,7 @@ class Vision(Graph):
 
 
 class Question(Graph):
-    def __init__(
-        self, config: MissConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, config: MissConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, tensors, config.encoder.num_heads, dtype)
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -122,7 +118,9 @@ class Question(Graph):
         x = self.embed(ids.reshape(images * questions, length), torch.arange(length), "encoder", eps)
         for i in range(config.num_layers):
             layer = f"encoder.layers.{i}"
-            read = self.linear(self.attend(*self.qkv(x, f"{layer}.self_attention"), shown), f"{layer}.self_attention.output")
+            read = self.linear(
+                self.attend(*self.qkv(x, f"{layer}.self_attention"), shown), f"{layer}.self_attention.output"
+            )
             x = self.norm(x + read, f"{layer}.self_attention.norm", eps)
             cross = f"{layer}.cross_attention"
             # All questions of an image in one product over its keys, which are computed once.
@@ -135,9 +133,7 @@ class Question(Graph):
 
 
 class Cross(Graph):
-    def __init__(
-        self, config: MissConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, config: MissConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, tensors, config.decoder.num_heads, dtype)
 
     def forward(self, states: Tensor) -> list[Tensor]:
@@ -146,13 +142,17 @@ class Cross(Graph):
 
 
 class Step(Graph):
-    def __init__(
-        self, config: MissConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, config: MissConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, tensors, config.decoder.num_heads, dtype)
 
     def forward(
-        self, token: Tensor, position: Tensor, self_mask: Tensor, cross_mask: Tensor, cross: list[Tensor], past: list[Tensor]
+        self,
+        token: Tensor,
+        position: Tensor,
+        self_mask: Tensor,
+        cross_mask: Tensor,
+        cross: list[Tensor],
+        past: list[Tensor],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         config, eps = self.config.decoder, self.config.decoder.layer_norm_eps
         x = self.embed(token[:, None], position, "decoder", eps)
@@ -166,7 +166,9 @@ class Step(Graph):
             x = self.norm(x + read, f"{layer}.self_attention.norm", eps)
             q = self.split(self.linear(x, f"{layer}.cross_attention.query"))
             read = self.attend(q, cross[2 * i], cross[2 * i + 1], cross_mask[:, None, None])
-            x = self.norm(x + self.linear(read, f"{layer}.cross_attention.output"), f"{layer}.cross_attention.norm", eps)
+            x = self.norm(
+                x + self.linear(read, f"{layer}.cross_attention.output"), f"{layer}.cross_attention.norm", eps
+            )
             x = self.norm(x + self.mlp(x, f"{layer}.mlp"), f"{layer}.mlp.norm", eps)
         x = self.norm(F.gelu(self.linear(x, "decoder.head.transform")), "decoder.head.norm", eps)
         # Over three dimensions: of two, the product is exported as Gemm, which ONNX Runtime does not quantise.

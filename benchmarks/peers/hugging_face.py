@@ -3,8 +3,8 @@
 Knows transformers and torch's compiler and dynamic quantisation; does not know other peers.
 `hf-fp32`, `hf-bf16` (eager), `hf-sdpa-fp32`, `hf-sdpa-bf16`, `hf-compiled-fp32`, `hf-compiled-bf16`, `torch-int8`.
 
-Its decoder keeps keys and values in its own cache, through its own `generate`. `compiled` are the image and the question
-encoder, frozen, with SDPA; the decoder stays eager (its compilation did not end within minutes).
+Its decoder keeps keys and values in its own cache, through its own `generate`. `compiled` are the image and the
+question encoder, frozen, with SDPA; the decoder stays eager (its compilation did not end within minutes).
 """
 
 import time

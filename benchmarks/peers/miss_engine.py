@@ -44,10 +44,10 @@ class MissEngine:
 
     def first(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
         params = SamplingParams(num_beams=1, max_new_tokens=1, num_alternatives=TOP - 1)
-        found = [
-            sorted(((b.logprob, b.token_ids[0]) for b in (a, *a.alternatives)), reverse=True)
-            for a in self._answers(job, params)
-        ]
+        found = []
+        for answer in self._answers(job, params):
+            others = [(other.logprob, other.token_ids[0]) for other in answer.alternatives]
+            found.append(sorted([(answer.logprob, answer.token_ids[0]), *others], reverse=True))
         logprobs, ids = np.moveaxis(np.array(found), -1, 0)
         return ids.astype(np.int64), logprobs
 

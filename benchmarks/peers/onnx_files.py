@@ -66,6 +66,7 @@ def _signature(name: str, config: MissConfig) -> tuple[Any, Any, list[str], list
     caches = [torch.randn(r, heads, n, width) for n in (t, a) for _ in kept]
     if name == "vision":
         return (torch.zeros(i, side, side, 3, dtype=torch.uint8),), ({0: images},), ["pixels"], ["image"]
+    example: Any
     if name == "question":
         asked = {0: images, 1: questions, 2: length}
         example = (torch.randn(i, tokens, vision.hidden_size), torch.ones(i, q, t).long(), torch.zeros(i, q, t))
@@ -74,7 +75,7 @@ def _signature(name: str, config: MissConfig) -> tuple[Any, Any, list[str], list
         names = [f"cross_{n}" for n in kept]
         return (torch.randn(r, t, decoder.source_width),), ({0: rows, 1: length},), ["states"], names
     plain = (torch.ones(r).long(), torch.ones(1).long(), torch.zeros(a + 1), torch.zeros(r, t))
-    dynamic = ({0: rows}, {}, {0: answer + 1}, {0: rows, 1: length})
+    dynamic: Any = ({0: rows}, {}, {0: answer + 1}, {0: rows, 1: length})
     varying = ([{0: rows, 2: length} for _ in kept], [{0: rows, 2: answer} for _ in kept])
     names = ["token", "position", "self_mask", "cross_mask", *(f"{p}_{n}" for p in ("cross", "past") for n in kept)]
     example = (*plain, caches[: len(kept)], caches[len(kept) :])

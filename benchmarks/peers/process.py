@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from miss.benchmarks.peers.catalogue import Entry
 
@@ -87,7 +87,7 @@ class PeerProcess:
         return self._reply()
 
     def _reply(self) -> dict[str, Any]:
-        pipe: TextIO | None = self._process.stdout
+        pipe = self._process.stdout
         assert pipe is not None
         line = pipe.readline()
         if not line:
