@@ -111,7 +111,7 @@ def timed_job(model: Model, data: Path | None, images: int, questions_per_image:
     return Job(np.stack(pixels), texts, ids, num_tokens)
 
 
-_WORDS = ("what", "modality", "is", "this", "image", "of", "the", "left", "lung", "or", "right", "kidney", "there", "a")
+_WORDS = ("what", "organ", "is", "this", "image", "of", "the", "left", "lung", "or", "right", "liver", "there", "a")
 
 
 def _question(processor: Processor, seed: int) -> str:

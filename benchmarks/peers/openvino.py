@@ -111,6 +111,10 @@ class _Requests:
             model.reshape(shapes)
         group = _GROUP.get((self._variant, name), _WHOLE if self._variant != "bf16" else None)
         settings = self._settings | ({} if group is None else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": group})
+        if name == "step":
+            # OpenVINO 2026.4's fused attention gives wrong answers here (static, bfloat16, masked keys: logits off by
+            # their own size); unfused they are right, at no cost that shows: it is over a dozen keys.
+            settings |= {"SNIPPETS_MODE": "DISABLE"}
         return self._core.compile_model(model, "CPU", settings).create_infer_request()
 
     def images(self, pixels: np.ndarray) -> Any:

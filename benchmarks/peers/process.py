@@ -36,12 +36,15 @@ def convert(entry: Entry, checkpoint: Path, work: Path, calibration: list[Path],
         PeerError: it failed; the end of what it said.
     """
     work.mkdir(parents=True, exist_ok=True)
-    log = work / f"{entry.name}-convert.log"
+    done, log = work / f"{entry.name}-converted", work / f"{entry.name}-convert.log"
+    if done.exists():
+        return
     with log.open("w", encoding="utf-8") as file:
         command = [*_command(entry, checkpoint, work), "--convert", *map(str, calibration)]
-        done = subprocess.run(command, env=_environment(threads), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-    if done.returncode:
+        ended = subprocess.run(command, env=_environment(threads), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    if ended.returncode:
         raise PeerError(f"{entry.name}: its conversion failed: {_end(log)}")
+    done.touch()
 
 
 class PeerProcess:
