@@ -20,6 +20,7 @@ ROOMS = {  # inside engine/: what else a room may import
     "runtime": {"data"},
     "serving": {"runtime", "data"},
 }
+BENCHES = ["miss/cli/bench.py", "miss/cli/profile.py"]  # they measure, or hold against measured ceilings
 UNPICKLES = ["engine/training/zero.py"]  # its own run folder, whose manifest is verified first
 DOORS = {  # a foreign package, and the only files that may import it
     "triton": ["kernels/*/triton_impl.py", "kernels/offline.py"],
@@ -85,8 +86,8 @@ def upward(here: PurePosixPath, name: str, inside: bool) -> str | None:
         return None
     target = parts[1] if len(parts) > 1 and parts[1] in (*FLOORS, "benchmarks") else "miss"
     if target == "benchmarks":
-        allowed = str(here) == "miss/cli/bench.py" and inside
-        return None if allowed else f"imports {name}: only miss/cli/bench.py may, inside a function"
+        allowed = str(here) in BENCHES and inside
+        return None if allowed else f"imports {name}: only {' and '.join(BENCHES)} may, inside a function"
     if FLOORS.index(target) > FLOORS.index(floor):
         return f"imports {name}, which stands above it"
     if floor == target == "engine":

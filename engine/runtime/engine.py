@@ -26,6 +26,7 @@ from miss.engine.runtime.runner import Runner
 from miss.engine.runtime.sampler import SamplingParams
 from miss.engine.runtime.scheduler import Scheduler
 from miss.engine.runtime.slots import Slots
+from miss.engine.runtime.stages import stage
 from miss.engine.runtime.stats import Counters, Stats
 from miss.models.vqa import MissVQA
 from miss.models.weights import LoadReport
@@ -157,7 +158,8 @@ class Engine:
         """
         self.counters.count("received")
         try:
-            request = self.intake.request(image, question, params or SamplingParams(), timeout)
+            with stage("prepare", self.device):
+                request = self.intake.request(image, question, params or SamplingParams(), timeout)
             request.on_token, request.on_done = on_token, on_done
             self.scheduler.add(request)
         except ValueError:

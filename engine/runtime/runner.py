@@ -18,6 +18,7 @@ from miss.engine.runtime.request import Request, RequestImage
 from miss.engine.runtime.rows import Asked, RowTensors, answer_wants
 from miss.engine.runtime.search import Choice, Hypothesis
 from miss.engine.runtime.slots import Slots
+from miss.engine.runtime.stages import stage
 from miss.kernels.cross_attention import KV
 from miss.models.cross_kv import split_layers
 from miss.models.vqa import MissVQA
@@ -41,8 +42,17 @@ class Runner:
             request.image = None
 
     def _prefill(self, requests: Sequence[Request]) -> list[None]:
-        image_kv, places = self._image_kv(list(dict.fromkeys(_image(r) for r in requests)))
-        encoded = self._now()
+        with stage("image", self.device):
+            image_kv, places = self._image_kv(list(dict.fromkeys(_image(r) for r in requests)))
+            encoded = self._now()
+        with stage("question", self.device):
+            prefilled = self._read(requests, image_kv, places)
+        for request in requests:
+            request.encoded, request.prefilled = encoded, prefilled
+        return [None] * len(requests)
+
+    def _read(self, requests: Sequence[Request], image_kv: list[KV], places: dict[RequestImage, int]) -> float:
+        """Questions over their images, into their slots; when they were."""
         rows = sorted(requests, key=lambda r: places[_image(r)])
         longest = max(len(r.question_ids) for r in rows)
         ids = torch.tensor([r.question_ids + [0] * (longest - len(r.question_ids)) for r in rows], device=self.device)
@@ -54,10 +64,7 @@ class Runner:
             self.slots.cache,
             torch.tensor([r.question_slot for r in rows], device=self.device),
         )
-        prefilled = self._now()
-        for request in rows:
-            request.encoded, request.prefilled = encoded, prefilled
-        return [None] * len(rows)
+        return self._now()
 
     def _image_kv(self, images: list[RequestImage]) -> tuple[list[KV], dict[RequestImage, int]]:
         """Keys and values of every layer, and where in them each image is: in the cache's pool where all have a place
@@ -96,6 +103,10 @@ class Runner:
     def decode(self, requests: Sequence[Request]) -> None:
         """One step of every request (sorted by question slot): its search's feeds through the model, what it wants to
         know back, and the copies it asks for made in all layers at once. Those that rank are done in one step."""
+        with stage("decode", self.device):
+            self._decode(requests)
+
+    def _decode(self, requests: Sequence[Request]) -> None:
         moves: list[tuple[int, int]] = []
         going = [request for request in requests if not request.search.done]  # one allowed answer: done before it began
         for request, ranked in survive([r for r in going if isinstance(r.search, Ranking)], self._rank):

@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "show what is installed and works here, and what to do where answering does not",
     "kernels": "list every operation's implementations and the CPU kernels' instruction sets",
     "bench": "time the operations against this machine's ceilings, compare two runs",
+    "profile": "show where the time of an answer goes, by stage and operation, against this machine's ceilings",
     "explain": "show which implementation of each operation runs here, and why not the others",
 }
 
