@@ -63,7 +63,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, panels: Tensor | None) -> Tensor:
+def _(
+    weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, panels: Tensor | None = None
+) -> Tensor:
     size = weight.shape[-1]
     grid = (pixels.shape[1] // size) * (pixels.shape[2] // size)
     return weight.new_empty(pixels.shape[0], grid, weight.shape[0])
