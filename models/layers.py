@@ -58,6 +58,17 @@ class LayerNorm(nn.Module):
         rows, _, summed = add_layer_norm_quantised(x, residual, self.weight, self.bias, self.eps, keep_y=False)
         return rows, summed
 
+    def add_both(
+        self, x: Tensor, residual: Tensor, linear: Linear | QuantLinear, dropout: float = 0.0, seed: int | None = None
+    ) -> tuple[Tensor, Tensor | QuantRows]:
+        """The norm of residual + dropout(x) as numbers, which a post-norm layer adds on, and as `linear` takes it."""
+        if not linear.takes_codes or seed is not None or _needs_gradient(x, residual):
+            y, _ = self.add(x, residual, dropout, seed)
+            return y, y
+        rows, kept, _ = add_layer_norm_quantised(x, residual, self.weight, self.bias, self.eps, keep_y=True)
+        assert kept is not None
+        return kept, rows
+
 
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -112,7 +123,12 @@ class SelfAttention(nn.Module):
         return self.output(out.flatten(-2))
 
     def packed(
-        self, x: Tensor, packing: Packing, causal: bool = False, dropout: float = 0.0, seed: int | None = None
+        self,
+        x: Tensor | QuantRows,
+        packing: Packing,
+        causal: bool = False,
+        dropout: float = 0.0,
+        seed: int | None = None,
     ) -> Tensor:
         """x (M, C) -> (M, C), each token attending to its own row's."""
         q, k, v = self.project(x)
@@ -143,17 +159,20 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | QuantRows,
         source: KV,
         index: Tensor,
         lengths: Tensor | None = None,
         dropout: float = 0.0,
         seed: int | None = None,
     ) -> Tensor:
-        """x (R, T, C) over `source` (I, N, H, D); row r reads source `index[r]` (R,), its first `lengths` (I,) keys."""
+        """x (R, T, C) over `source` (I, N, H, D); row r reads source `index[r]` (R,), its first `lengths` (I,) keys.
+        Also x (M, C), whose tokens are rows of their own."""
         q = self.query(x).unflatten(-1, (self.num_heads, -1))
-        out = cross_attention(q, source, index, lengths, None, dropout if seed is not None else 0.0, seed)
-        return self.output(out.flatten(-2))
+        packed = q.dim() == 3
+        q = q[:, None] if packed else q
+        out = cross_attention(q, source, index, lengths, None, dropout if seed is not None else 0.0, seed).flatten(-2)
+        return self.output(out[:, 0] if packed else out)
 
 
 class TextLayer(nn.Module):
@@ -184,14 +203,13 @@ class TextLayer(nn.Module):
             attended = self.self_attention.packed(x, packing, causal, self.attention_dropout, mix(seed, 0))
         else:
             attended = self.self_attention(x, lengths, causal, self.attention_dropout, mix(seed, 0))
-        x, _ = self.self_attention.norm.add(attended, x, self.dropout, mix(seed, 1))
+        following = self.mlp.input if source is None else self.cross_attention.query
+        x, rows = self.self_attention.norm.add_both(attended, x, following, self.dropout, mix(seed, 1))
         if source is not None:
             assert index is not None, "a cross-attention source comes with the rows' index into it"
-            rows = x if packing is None else x[:, None]
             read = self.cross_attention(rows, source, index, source_lengths, self.attention_dropout, mix(seed, 2))
-            read = read if packing is None else read[:, 0]
-            x, _ = self.cross_attention.norm.add(read, x, self.dropout, mix(seed, 3))
-        return self._mlp(x, seed)
+            x, rows = self.cross_attention.norm.add_both(read, x, self.mlp.input, self.dropout, mix(seed, 3))
+        return self.mlp.norm.add(self.mlp(rows), x, self.dropout, mix(seed, 4))[0]
 
     def tree(self, x: Tensor, ancestors: Tensor, source: KV, index: Tensor, source_lengths: Tensor | None) -> Tensor:
         """Nodes of packed trees through the layer: x (N, C) -> (N, C)."""

@@ -28,7 +28,7 @@ class Panels:
     made in inference mode, whose changes PyTorch does not count, is not laid out."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._panels = None if weight.is_inference() else prepare(weight)
+        self._panels = None if weight.is_inference() else prepare(weight.flatten(1))
         self._of = (0, 0) if self._panels is None else self._state(weight)
 
     @staticmethod

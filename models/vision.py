@@ -12,10 +12,13 @@ from torch.nn import functional as F
 from miss.kernels.patch_embed import patch_embed
 from miss.models.config import PreprocessConfig, VisionConfig
 from miss.models.layers import LayerNorm, Mlp, SelfAttention
+from miss.models.linear import Panels
 
 
 class PatchEmbed(nn.Module):
     """uint8 pixels to patch tokens: normalise, cut, project. weight (C, 3, P, P), bias (C,)."""
+
+    _panels: Panels | None = None
 
     def __init__(self, config: VisionConfig, preprocess: PreprocessConfig) -> None:
         super().__init__()
@@ -29,7 +32,12 @@ class PatchEmbed(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels uint8 or float (I, height, width, 3), not normalised -> (I, N, C)."""
         scale, shift = self.affine(pixels.device)
-        return patch_embed(pixels, self.weight, self.bias, scale, shift)
+        panels = None if self._panels is None else self._panels.of(self.weight)
+        return patch_embed(pixels, self.weight, self.bias, scale, shift, panels)
+
+    def prepare(self) -> None:
+        """For inference: lays the weight out once instead of at every call."""
+        self._panels = Panels(self.weight)
 
     def affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Normalisation as fp32 (3,) tensors. Not buffers: `model.to(bfloat16)` would round them by up to 0.4 %."""

@@ -19,7 +19,7 @@ from miss.models.decoder import AnswerDecoder
 from miss.models.joint import JointEncoder
 from miss.models.layers import mix
 from miss.models.linear import Linear, QuantLinear
-from miss.models.vision import VisionTransformer
+from miss.models.vision import PatchEmbed, VisionTransformer
 
 
 @dataclass
@@ -139,7 +139,7 @@ class MissVQA(nn.Module):
     def prepare(self) -> "MissVQA":
         """For inference: lays every weight out for this machine's kernels, once, in memory of their own."""
         for module in self.modules():
-            if isinstance(module, Linear | QuantLinear | AnswerDecoder):
+            if isinstance(module, Linear | QuantLinear | PatchEmbed | AnswerDecoder):
                 module.prepare()
         return self
 

@@ -109,9 +109,13 @@ void run_single(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Ten
   if (a.num_tasks) attention_kernels().single(a);
 }
 
-void run_batch(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& q, const Tensor& out,
+// Single queries over many keys go the other way: those of one source, side by side, share what it takes to pack its
+// keys, and a text's token has the same bits whether its row is padded, packed or alone.
+constexpr int64_t MOST_SINGLE_KEYS = 128;
+
+void run_batch(AttentionArgs& a, std::vector<AttentionGroup>& groups, const Tensor& q, const Tensor& k, const Tensor& out,
                const Tensor& lse) {
-  if (q.size(1) != 1 || a.dropout || a.width > 64) return run(a, groups, out, lse);
+  if (q.size(1) != 1 || a.dropout || a.width > 64 || k.size(1) > MOST_SINGLE_KEYS) return run(a, groups, out, lse);
   a.lse = lse.mutable_data_ptr<float>();
   run_single(a, groups, out);
 }
@@ -207,7 +211,7 @@ static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tenso
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
   AttentionArgs a = batch_args(q, k, v, out, causal, scale, dropout_p, seed);
   std::vector<AttentionGroup> groups = batch_groups(a, q, k, v, lengths);
-  run_batch(a, groups, q, out, lse);
+  run_batch(a, groups, q, k, out, lse);
   return {out, lse};
 }
 
@@ -227,7 +231,7 @@ static std::tuple<Tensor, Tensor> cross_forward(const Tensor& q, const Tensor& k
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
   AttentionArgs a = batch_args(q, k, v, out, false, scale, dropout_p, seed);
   std::vector<AttentionGroup> groups = image_groups(a, q, k, v, image_index, lengths);
-  run_batch(a, groups, q, out, lse);
+  run_batch(a, groups, q, k, out, lse);
   return {out, lse};
 }
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from miss.kernels import extension
+from miss.kernels.linear.op import of_dtype
 from miss.kernels.patch_embed import reference, torch_impl
 from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
 
@@ -55,12 +56,16 @@ BACKWARD = Op(
 
 
 @torch.library.custom_op("miss::patch_embed", mutates_args=())
-def _forward(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return FORWARD(weight, bias, pixels, scale, shift)
+def _forward(
+    weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, panels: Tensor | None = None
+) -> Tensor:
+    return FORWARD(weight, bias, pixels, scale, shift, panels)
 
 
 @_forward.register_fake
-def _(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _(
+    weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, panels: Tensor | None = None
+) -> Tensor:
     size = weight.shape[-1]
     grid = (pixels.shape[1] // size) * (pixels.shape[2] // size)
     return weight.new_empty(pixels.shape[0], grid, weight.shape[0])
@@ -82,21 +87,26 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, _, pixels, scale, shift = inputs
+    weight, _, pixels, scale, shift, _ = inputs
     ctx.save_for_backward(weight, pixels, scale, shift)
 
 
 def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_pixels = ctx.needs_input_grad[2]
     dweight, dbias, dpixels = _backward(dy.contiguous(), *ctx.saved_tensors, need_pixels)
-    return dweight, dbias, dpixels if need_pixels else None, None, None
+    return dweight, dbias, dpixels if need_pixels else None, None, None, None
 
 
 _forward.register_autograd(_grad, setup_context=_save)
 
 
-def patch_embed(pixels: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def patch_embed(
+    pixels: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, panels: Tensor | None = None
+) -> Tensor:
     """Patch tokens (B, N, C) of pixels (B, height, width, 3), uint8 or float, not normalised.
+
+    `panels`: `miss.kernels.linear.prepare` of the weight as a matrix (C, 3 * P * P), which spares that at every call;
+    ignored where they are of another dtype or no row here reads them.
 
     Raises:
         ValueError: pixels are not (B, height, width, 3), or height or width is not a multiple of the patch size.
@@ -110,4 +120,4 @@ def patch_embed(pixels: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shi
             f"{size} x {size}: resize it to multiples of {size}"
         )
     weight, bias = autocast_to(weight, bias)
-    return FORWARD.call(_forward, weight, bias, pixels, scale, shift)
+    return FORWARD.call(_forward, weight, bias, pixels, scale, shift, of_dtype(panels, weight))

@@ -35,7 +35,9 @@ def unpatched(drows: Tensor, scale: Tensor, pixels: Tensor) -> Tensor:
     return values.permute(0, 1, 4, 2, 5, 3).reshape(pixels.shape).to(pixels.dtype)
 
 
-def forward(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def forward(
+    weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, panels: Tensor | None = None
+) -> Tensor:
     acc = accumulator(weight.dtype)
     rows = _normalised(pixels, scale, shift, weight.shape[-1], acc)
     return (rows @ weight.to(acc).flatten(1).T + bias.to(acc)).to(weight.dtype)

@@ -19,7 +19,9 @@ def _rows(weight: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tenso
     return values.flatten(2).to(weight.dtype)
 
 
-def forward(weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def forward(
+    weight: Tensor, bias: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, panels: Tensor | None = None
+) -> Tensor:
     return F.linear(_rows(weight, pixels, scale, shift), weight.flatten(1), bias)
 
 
