@@ -3,10 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/decoder_runner.h"
 #include "cpu/isa.h"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The CPU kernels' feature report.";
+  m.doc() = "The CPU kernels' feature report, and the decode runner.";
   m.def("isa", [] { return std::string(miss::name_of(miss::isa())); }, "The instruction set in use; ValueError where none is.");
   m.def("built", [] {
     std::vector<std::string> names;
@@ -21,4 +22,10 @@ PYBIND11_MODULE(_C, m) {
   }, "Those of them that this processor has.");
   m.def("processor", &miss::processor, "The processor's name for itself.");
   m.def("features", &miss::features, "The instruction sets of interest that the processor reports.");
+  using miss::DecoderRunner;
+  pybind11::class_<DecoderRunner>(m, "DecoderRunner", "Decode steps of one decoder; addresses are those of tensors that the caller keeps.")
+      .def(pybind11::init<bool, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t,
+                          const DecoderRunner::Norm&, const std::vector<DecoderRunner::Layer>&,
+                          const DecoderRunner::Matrix&, const DecoderRunner::Norm&, const DecoderRunner::Matrix&>())
+      .def("step", &DecoderRunner::step, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

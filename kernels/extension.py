@@ -97,3 +97,15 @@ def ops() -> Any:
     if reason is not None:
         raise NotImplementedError(reason)
     return torch.ops.miss_cpu
+
+
+def decoder_runner(*description: Any) -> Any:
+    """A `DecoderRunner` of csrc/cpu/decoder_runner.h.
+
+    Raises:
+        NotImplementedError: the kernels are not built or do not run here.
+    """
+    reason, module = missing(), _module()
+    if reason is not None or isinstance(module, str):
+        raise NotImplementedError(reason)
+    return module.DecoderRunner(*description)

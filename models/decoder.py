@@ -5,15 +5,21 @@ Knows token ids, projected question states and the cache's tensors; does not kno
 Shapes: R rows, T answer length, Q questions, C width, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from miss.kernels.cross_attention import KV
+from miss.kernels.decoder_step import Decoder, decoder_step
 from miss.kernels.linear import linear
-from miss.kernels.linear_top_k import linear_top_k
+from miss.kernels.linear_top_k import linear_at, linear_top_k
+from miss.kernels.quant_linear import PackedWeight, quant_linear
+from miss.kernels.quant_linear import prepare as prepare_packed
 from miss.models.cache import KVCache
 from miss.models.config import TextConfig
 from miss.models.cross_kv import CrossKV
+from miss.models.decoding import Laid, cache_of, collect, vocabulary
 from miss.models.layers import LayerNorm, TextEmbeddings, TextLayer, mix
 from miss.models.linear import Linear, Panels
 from miss.models.packing import Packing
@@ -36,7 +42,10 @@ class LanguageModelHead(nn.Module):
 class AnswerDecoder(nn.Module):
     """The JTM's stack made causal; its cross-attention reads the states of the question, never the image."""
 
-    _vocabulary: Panels | None = None
+    vocabulary_panels: Panels | None = None
+    packed_vocabulary: PackedWeight | None = None
+    _laid: Laid | None = None
+    _prepared = False
 
     def __init__(self, config: TextConfig, embeddings: TextEmbeddings | None = None) -> None:
         super().__init__()
@@ -66,40 +75,42 @@ class AnswerDecoder(nn.Module):
             x = layer(x, lengths, question_kv[i], question_index, question_lengths, True, mix(seed, i), packing)
         return x if packing is None else packing.unpack(x)
 
-    def prepare(self) -> None:
-        """For inference: lays the vocabulary's matrix out once instead of at every step."""
-        self._vocabulary = Panels(self.embeddings.word.weight)
+    def use_vocabulary(self, packed: PackedWeight | None) -> None:
+        """Multiplies with a packed word table (V, C) at the end of a step, W8A8; embeddings are read from the table
+        itself. None: with the table again.
 
-    def states(
-        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, question_index: Tensor
-    ) -> Tensor:
-        """One token a row through all layers -> (R, C), what the vocabulary's matrix is multiplied with.
-
-        Rows of one slot may come at successive positions in one call: all keys and values of the call are written
-        before any row attends, and a row attends to positions up to its own.
-
-        Args:
-            tokens: int64 (R,), written to the cache.
-            slots: int32 (R,), the row's answer slot.
-            positions: int32 (R,), the token's position: 0 for [DEC].
-            question_index: int32 (R,), the row's question slot, non-decreasing: beams of a question stand together.
+        Raises:
+            ValueError: it is not of the table's shape, or not int8 with int8 activations.
         """
-        x = self.embeddings(tokens, positions.long())
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, TextLayer)
-            x = layer.step(
-                x, cache.layer(i), slots, positions, cache.question(i), question_index, cache.question_lengths
-            )
-        return self.head(x)  # type: ignore[no-any-return]
-
-    def best(self, states: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The best next tokens after `states` (R, C), under the full vocabulary's softmax: log-probabilities
-        (R, num_best), descending, and ids int64 (R, num_best); the logits' log-sum-exp (R,). float32 (float64 in
-        float64)."""
         table = self.embeddings.word.weight
-        panels = None if self._vocabulary is None else self._vocabulary.of(table)
-        logits, ids, total = linear_top_k(states, table, self.head.bias, num_best, panels)
-        return logits - total[:, None], ids, total
+        if packed is not None and (packed.shape != tuple(table.shape) or not packed.dynamic):
+            raise ValueError(
+                f"a packed vocabulary: got {packed.scheme} {packed.shape}, dynamic {packed.dynamic}; wanted int8 "
+                f"{tuple(table.shape)}, dynamic"
+            )
+        self.packed_vocabulary = None if packed is None else packed.to(table.device)
+        self.forget()
+
+    def prepare(self) -> None:
+        """For inference: lays the vocabulary's matrix out once instead of at every step, and collects the layers'
+        weights at the first step. To be called again after modules were replaced."""
+        if self.packed_vocabulary is None:
+            self.vocabulary_panels = Panels(self.embeddings.word.weight)
+        else:
+            self.packed_vocabulary = prepare_packed(self.packed_vocabulary)
+        self.forget()
+        self._prepared = True
+
+    def forget(self) -> None:
+        """What was collected of the layers; it is collected anew where it is wanted."""
+        self._laid = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnswerDecoder":
+        super()._apply(fn, recurse)
+        if self.packed_vocabulary is not None:
+            self.packed_vocabulary = self.packed_vocabulary.to(self.head.bias.device)
+        self.forget()
+        return self
 
     def step(
         self,
@@ -110,9 +121,36 @@ class AnswerDecoder(nn.Module):
         question_index: Tensor,
         num_best: int,
     ) -> tuple[Tensor, Tensor]:
-        """`states`, then `best`: log-probabilities and ids (R, num_best) of the best next tokens."""
-        logprobs, ids, _ = self.best(self.states(tokens, cache, slots, positions, question_index), num_best)
-        return logprobs, ids
+        """One more token a row -> the best next tokens: log-probabilities (R, num_best), float32 (float64 in float64),
+        descending, under the full vocabulary's softmax; ids int64 (R, num_best).
+
+        Args:
+            tokens: int64 (R,), written to the cache.
+            slots: int32 (R,), the row's answer slot; one slot's rows stand at successive positions.
+            positions: int32 (R,), the token's position: 0 for [DEC].
+            question_index: int32 (R,), the row's question slot, non-decreasing: beams of a question stand together.
+        """
+        _, logits, ids, total = self._run(tokens, cache, slots, positions, question_index, num_best)
+        return logits - total[:, None], ids
+
+    def states(
+        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, question_index: Tensor
+    ) -> Tensor:
+        """The same, but (R, C): what the vocabulary matrix is multiplied with (`best`, `logits`, `logits_at`)."""
+        return self._run(tokens, cache, slots, positions, question_index, 0)[0]
+
+    def _run(
+        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, questions: Tensor, num_best: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights, runner = self._weights()
+        return decoder_step(weights, cache_of(cache), tokens, slots, positions, questions, num_best, runner)
+
+    def _weights(self) -> tuple[Decoder, object | None]:
+        if not self._prepared or torch.compiler.is_compiling():
+            return collect(self), None
+        if self._laid is None or not self._laid.fresh:
+            self._laid = Laid(self)
+        return self._laid.weights, self._laid.runner
 
     def tree(
         self,
@@ -140,16 +178,24 @@ class AnswerDecoder(nn.Module):
             x = layer.tree(x, ancestors, question_kv[i], question_index, question_lengths)
         return self.head(x)
 
+    def best(self, states: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best next tokens after states (R, C): log-probabilities (R, num_best), descending; ids int64
+        (R, num_best); the log-sum-exp of all logits (R,)."""
+        weight, bias, panels = vocabulary(self)
+        logits, ids, total = linear_top_k(states, weight, bias, num_best, panels)
+        return logits - total[:, None], ids, total
+
     def logits(self, states: Tensor) -> Tensor:
-        """States (…, C), as `states` and `head` give them, to logits (…, V); float32 unless in float64."""
-        return accumulated(linear(states, self.embeddings.word.weight, self.head.bias))
+        """All logits (…, V) after states (…, C), which are `states`' or, teacher-forced, `head(forward(…))`; float32
+        (float64 in float64)."""
+        weight, bias, panels = vocabulary(self)
+        if isinstance(weight, PackedWeight):
+            logits = quant_linear(states, weight, bias)
+        else:
+            logits = linear(states, weight, bias, None, panels)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def logits_at(self, states: Tensor, ids: Tensor) -> Tensor:
-        """The logits (R, A) of words `ids` int64 (R, A) alone after `states` (R, C); float32 unless in float64."""
-        words = accumulated(self.embeddings.word.weight[ids])
-        return (words @ accumulated(states)[:, :, None])[:, :, 0] + accumulated(self.head.bias[ids])
-
-
-def accumulated(x: Tensor) -> Tensor:
-    """In the dtype that sums are kept in: float32, or float64 in float64."""
-    return x if x.dtype == torch.float64 else x.float()
+        """Logits (R, A) of the words `ids` int64 (R, A) alone, after states (R, C)."""
+        weight, bias, _ = vocabulary(self)
+        return linear_at(states, weight, bias, ids)

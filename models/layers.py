@@ -2,7 +2,7 @@
 
 Knows the architecture of a layer; does not know which implementation of an operation runs, or how rows are batched.
 
-Shapes: B batch (images or text rows), T text, N patches or keys, H heads, D head width, C width, L cache length.
+Shapes: B batch (images or text rows), T text, N patches or keys, H heads, D head width, C width.
 """
 
 import torch
@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 from miss.kernels.attention import attention, attention_varlen
 from miss.kernels.cross_attention import KV, cross_attention
-from miss.kernels.decode_attention import decode_attention
-from miss.kernels.kv_cache import kv_append
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from miss.kernels.quant_linear import QuantRows
 from miss.kernels.tree_attention import tree_attention
-from miss.models.cache import LayerCache
 from miss.models.config import TextConfig
 from miss.models.linear import Linear, QuantLinear
 from miss.models.packing import Packing
@@ -123,12 +120,6 @@ class SelfAttention(nn.Module):
         out = attention_varlen(q, k, v, packing.offsets, packing.max_length, causal, None, p, seed)
         return self.output(out.flatten(-2))
 
-    def step(self, x: Tensor, cache: LayerCache, slots: Tensor, positions: Tensor) -> Tensor:
-        """One new token a row: x (B, C) at `positions` (B,) of cache `slots` (B,), appended, then attended over."""
-        q, k, v = self.project(x)
-        kv_append(cache.k, cache.v, k, v, slots, positions)
-        return self.output(decode_attention(q, cache.k, cache.v, slots, positions + 1).flatten(-2))
-
     def tree(self, x: Tensor, ancestors: Tensor) -> Tensor:
         """Nodes of packed trees x (N, C), each attending to its `ancestors` (N, L)."""
         return self.output(tree_attention(*self.project(x), ancestors).flatten(-2))
@@ -201,22 +192,6 @@ class TextLayer(nn.Module):
             read = read if packing is None else read[:, 0]
             x, _ = self.cross_attention.norm.add(read, x, self.dropout, mix(seed, 3))
         return self._mlp(x, seed)
-
-    def step(
-        self,
-        x: Tensor,
-        cache: LayerCache,
-        slots: Tensor,
-        positions: Tensor,
-        source: KV,
-        index: Tensor,
-        source_lengths: Tensor | None,
-    ) -> Tensor:
-        """One new token a row through the layer: x (R, C) -> (R, C)."""
-        x, _ = self.self_attention.norm.add(self.self_attention.step(x, cache, slots, positions), x)
-        read = self.cross_attention(x[:, None], source, index, source_lengths)[:, 0]
-        x, _ = self.cross_attention.norm.add(read, x)
-        return self._mlp(x, None)
 
     def tree(self, x: Tensor, ancestors: Tensor, source: KV, index: Tensor, source_lengths: Tensor | None) -> Tensor:
         """Nodes of packed trees through the layer: x (N, C) -> (N, C)."""

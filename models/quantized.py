@@ -110,10 +110,15 @@ def use_packed(model: MissVQA, packed: Mapping[str, PackedWeight]) -> MissVQA:
         bias = None if module.bias is None else module.bias.detach()
         new = QuantCrossKV(weight, bias, module.shape) if isinstance(module, CrossKV) else QuantLinear(weight, bias)
         model.set_submodule(name.removesuffix(".weight"), new)
+    model.decoder.forget()
     return model
 
 
 def use_int8(model: MissVQA, dynamic: bool = True) -> MissVQA:
-    """Packs every linear layer to int8, a scale a row; `dynamic` multiplies with int8 activations (W8A8)."""
+    """Packs every linear layer to int8, a scale a row; `dynamic` multiplies with int8 activations (W8A8), and with a
+    packed copy of the decoder's word table at the end of a step: embeddings are read from the table itself."""
     with torch.no_grad():
-        return use_packed(model, {n: pack_int8(m.weight, dynamic) for n, m in linear_modules(model).items()})
+        use_packed(model, {n: pack_int8(m.weight, dynamic) for n, m in linear_modules(model).items()})
+        table = model.decoder.embeddings.word.weight
+        model.decoder.use_vocabulary(pack_int8(table, dynamic=True) if dynamic else None)
+    return model

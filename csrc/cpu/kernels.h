@@ -23,3 +23,4 @@
 #include "probe.inl.h"
 #include "top_k.inl.h"
 #include "weight_only.inl.h"
+#include "decoder_step.inl.h"  // of those above

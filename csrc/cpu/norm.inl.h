@@ -94,28 +94,31 @@ inline float write_codes(const NormForward& n, const T* values, float mean, floa
 }
 
 template <class T>
+void norm_row(const NormForward& n, int64_t row, float* buffer, int16_t* fields) {
+  const int64_t width = n.width, at = row * width;
+  const T *x = row_of<T>(n.x, at), *residual = row_of<T>(n.residual, at);
+  T *summed = row_to<T>(n.summed, at), *y = row_to<T>(n.y, at);
+  const T* values = residual == nullptr ? x : summed;
+  const Mask mask(n.dropout, at, width, fields);
+  float all;
+  if (residual == nullptr) all = gather<T, false, false>(x, nullptr, mask, nullptr, width);
+  else if (n.dropout.on) all = gather<T, true, true>(x, residual, mask, summed, width);
+  else all = gather<T, true, false>(x, residual, mask, summed, width);
+  const float mean = all / static_cast<float>(width);
+  const float rstd = 1.0f / __builtin_sqrtf(variance(values, width, mean) + n.eps);
+  if (n.mean != nullptr) n.mean[row] = mean;
+  if (n.rstd != nullptr) n.rstd[row] = rstd;
+  if (n.codes != nullptr) n.scale[row] = write_codes<T>(n, values, mean, rstd, y, buffer, n.codes + at);
+  else normalise(n, values, mean, rstd, [&](int64_t i, vf v, auto span) { put(y + i, v, span); });
+}
+
+template <class T>
 void norm_forward(const NormForward& n) {
   const int64_t width = n.width;
   parallel(n.rows, NORM_GRAIN / width + 1, [&](int64_t begin, int64_t end) {
     float* buffer = scratch_of<float>(7, width + Mask::room(width));
     int16_t* fields = reinterpret_cast<int16_t*>(buffer + width);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t at = row * width;
-      const T *x = row_of<T>(n.x, at), *residual = row_of<T>(n.residual, at);
-      T *summed = row_to<T>(n.summed, at), *y = row_to<T>(n.y, at);
-      const T* values = residual == nullptr ? x : summed;
-      const Mask mask(n.dropout, at, width, fields);
-      float all;
-      if (residual == nullptr) all = gather<T, false, false>(x, nullptr, mask, nullptr, width);
-      else if (n.dropout.on) all = gather<T, true, true>(x, residual, mask, summed, width);
-      else all = gather<T, true, false>(x, residual, mask, summed, width);
-      const float mean = all / static_cast<float>(width);
-      const float rstd = 1.0f / __builtin_sqrtf(variance(values, width, mean) + n.eps);
-      if (n.mean != nullptr) n.mean[row] = mean;
-      if (n.rstd != nullptr) n.rstd[row] = rstd;
-      if (n.codes != nullptr) n.scale[row] = write_codes<T>(n, values, mean, rstd, y, buffer, n.codes + at);
-      else normalise(n, values, mean, rstd, [&](int64_t i, vf v, auto span) { put(y + i, v, span); });
-    }
+    for (int64_t row = begin; row < end; ++row) norm_row<T>(n, row, buffer, fields);
   });
 }
 

@@ -24,6 +24,7 @@ struct WeightOnlyArgs {
   const char* bias;           // nullptr: none
   Type bias_type;
   char* y;
+  bool gelu;                  // of the result
 };
 
 struct PackInt4Args {

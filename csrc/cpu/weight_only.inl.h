@@ -133,6 +133,7 @@ struct WeightOnly {
     plain.columns = args.columns;
     plain.bias = args.bias;
     plain.bias_type = args.bias_type;
+    plain.gelu = args.gelu;
     Finish<float, T> finish{plain, reinterpret_cast<T*>(args.y), 0, nullptr};
     int64_t left = args.columns - panel * PANEL;
     finish(row, num_rows, panel * PANEL, static_cast<int>(left < PANEL ? left : PANEL), totals, PANEL);
@@ -295,40 +296,53 @@ struct WeightOnly {
     }
   }
 
-  void run() const {
-    parallel(blocks(args.columns, PANEL), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const char* at = args.panels + p * panel_size();
-        if (args.rows <= FEW) few_rows(at, p);
-        else many_rows(at, p);
-      }
-    });
+  void run(int64_t first, int64_t last) const {
+    for (int64_t p = first; p < last; ++p) {
+      const char* at = args.panels + p * panel_size();
+      if (args.rows <= FEW) few_rows(at, p);
+      else many_rows(at, p);
+    }
   }
 };
 
+// How many numbers of a row the kernels read.
+inline int64_t padded_columns(int64_t k, int group) {
+  const int64_t unit = group == 0 ? 4 : group;
+  return blocks(k, unit) * unit;
+}
+
+template <class T>
+void pad_row(const T* x, int64_t k, int64_t padded, T* to) {
+  memcpy(static_cast<void*>(to), x, static_cast<size_t>(k) * sizeof(T));
+  memset(static_cast<void*>(to + k), 0, static_cast<size_t>(padded - k) * sizeof(T));
+}
+
+template <class T>
+void sum_groups(const T* x, int64_t groups, int64_t group, float* sums) {
+  for (int64_t g = 0; g < groups; ++g) {
+    vf some = zero();
+    for (int64_t k = 0; k < group; k += LANES) some = add(some, load(x + g * group + k));
+    sums[g] = sum(some);
+  }
+}
+
 template <class T>
 void weight_only_of(const WeightOnlyArgs& args) {
-  int64_t unit = args.group == 0 ? 4 : args.group, padded = blocks(args.k, unit) * unit;
+  const int64_t padded = padded_columns(args.k, args.group);
   Padded<T> x = {reinterpret_cast<const T*>(args.x), args.x_stride, nullptr, args.group == 0 ? 0 : padded / args.group};
   if (padded != args.k || args.x_stride != args.k) {
     T* copy = scratch_of<T>(1, args.rows * padded);
-    memset(static_cast<void*>(copy), 0, static_cast<size_t>(args.rows * padded) * sizeof(T));
-    for (int64_t r = 0; r < args.rows; ++r)
-      memcpy(static_cast<void*>(copy + r * padded), x.data + r * args.x_stride, static_cast<size_t>(args.k) * sizeof(T));
+    for (int64_t r = 0; r < args.rows; ++r) pad_row(x.data + r * args.x_stride, args.k, padded, copy + r * padded);
     x.data = copy;
     x.stride = padded;
   }
   if (args.zeros) {
     float* sums = scratch_of<float>(2, args.rows * x.groups);
-    for (int64_t r = 0; r < args.rows; ++r)
-      for (int64_t g = 0; g < x.groups; ++g) {
-        vf some = zero();
-        for (int64_t k = 0; k < args.group; k += LANES) some = add(some, load(x.data + r * x.stride + g * args.group + k));
-        sums[r * x.groups + g] = sum(some);
-      }
+    for (int64_t r = 0; r < args.rows; ++r) sum_groups(x.data + r * x.stride, x.groups, args.group, sums + r * x.groups);
     x.group_sums = sums;
   }
-  WeightOnly<T>{args, x}.run();
+  const WeightOnly<T> product{args, x};
+  parallel(blocks(args.columns, PANEL), 1, [&](int64_t begin, int64_t end) { product.run(begin, end); });
 }
 
 void weight_only(const WeightOnlyArgs& args) {

@@ -18,7 +18,7 @@ void parallel_ranges(int64_t count, int64_t grain, RangeBody body, void* state) 
 int num_threads() { return THREADS; }
 
 void* scratch(int slot, size_t bytes) {
-  static void* slots[8];
+  thread_local void* slots[8];
   free(slots[slot]);
   if (posix_memalign(&slots[slot], 64, bytes > 0 ? bytes : 1) != 0) abort();
   return slots[slot];

@@ -16,11 +16,13 @@ from miss.kernels.attention import attention, attention_varlen
 from miss.kernels.cross_attention import KV, Tokens, cross_attention
 from miss.kernels.cross_entropy import linear_cross_entropy
 from miss.kernels.decode_attention import decode_attention
+from miss.kernels.decoder_step import Cache, Decoder, Layer, Matrix, Norm, decoder_step
+from miss.kernels.decoder_step import prepare as prepare_decoder
 from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.kv_cache import kv_append, kv_reorder
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from miss.kernels.linear import linear, prepare
-from miss.kernels.linear_top_k import linear_top_k
+from miss.kernels.linear_top_k import linear_at, linear_top_k
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import (
     PackedWeight,
@@ -141,6 +143,15 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         weight = prepare_packed(pack_int8(matrix(vocabulary, width), dynamic=True))
         return linear_top_k(s.leaf(s.rows, width).detach(), weight, None, 1)
 
+    def step() -> tuple[Tensor, ...]:
+        decoder = one_layer(s)
+        cache, positions = Cache(*(s.cache()[None] for _ in range(4)), lengths), s.whole(0, 3, 5, 2)
+        tokens = s.whole(1, 2, 3, 4, dtype=torch.int64)
+        return decoder_step(decoder, cache, tokens, slots, positions, index, 3, prepare_decoder(decoder))
+
+    def chosen(weight: Tensor | PackedWeight) -> Tensor:
+        return linear_at(s.leaf(s.rows, width).detach(), weight, None, labels().view(s.rows, 5))
+
     return {
         "patch_embed": lambda: patch_embed(
             s.pixels(), s.leaf(wide, 3, vision.patch_size, vision.patch_size), s.leaf(wide), *affine
@@ -177,10 +188,34 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
             quantise_rows(s.leaf(*image)), int8(inner), gelu=True
         ),
         "tree_attention": lambda: tree_attention(new(), new(), new(), s.whole(0, -1, 0, 1, 0, 2, 3, -1).view(4, 2)),
+        "decoder_step": step,
+        "linear_at": lambda: chosen(s.leaf(vocabulary, width).detach()),
+        "linear_at_w8a8": lambda: chosen(pack_int8(matrix(vocabulary, width), dynamic=True)),
         "linear_top_k": head,
         "linear_top_k_w8a8": packed_head,
         "quant_embedding": lambda: quant_embedding(labels(), pack_int8(matrix(100, width)), s.dtype),
     }
+
+
+def one_layer(s: Shapes) -> Decoder:
+    """A decoder of one layer, laid out."""
+    width = s.width
+
+    def norm() -> Norm:
+        return Norm(s.leaf(width).detach(), s.leaf(width).detach(), 1e-6)
+
+    def dense(outputs: int, inputs: int) -> Matrix:
+        weight = (s.leaf(outputs, inputs) * inputs**-0.5).detach()
+        return Matrix(weight, s.leaf(outputs).detach(), prepare(weight))
+
+    layer = Layer(
+        *(dense(3 * width, width), dense(width, width), norm()),
+        *(dense(width, width), dense(width, width), norm()),
+        *(dense(4 * width, width), dense(width, 4 * width), norm()),
+    )
+    words, places = (s.leaf(rows, width).detach() for rows in (s.config.decoder.vocab_size, 40))
+    head = dense(s.config.decoder.vocab_size, width)
+    return Decoder(words, places, norm(), (layer,), dense(width, width), norm(), head, s.heads)
 
 
 def observe(call: Callable[[], Any]) -> list[Choice]:

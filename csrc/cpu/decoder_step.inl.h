@@ -1,0 +1,433 @@
+// A decode step's program, which every thread of a team runs. Included by the file of each instruction set.
+//
+// Few rows are bound by reading the weights once; so a thread keeps its own part of each weight, its heads of attention
+// follow their projection without waiting for the others, what is small (norms, codes) is done by whoever comes last
+// while the others fetch what they will read next. Every row's arithmetic is that of the single operations.
+#include "decoder_step.h"
+
+namespace miss {
+namespace MISS_ISA {
+namespace decode {
+namespace {
+
+constexpr int64_t ALONE = 3;           // rows up to which norms and codes are not worth a phase of their own
+constexpr int64_t FETCHED = 192 << 10;  // bytes of the next weight that a waiting thread fetches, of 1 MB of L2
+
+inline int64_t whole_lines(int64_t bytes) { return blocks(bytes, 64) * 64; }
+
+// One panel's product with up to ROWS rows, the panel being on its way from memory.
+template <class Dot, int NUM_ROWS>
+inline void stream(const Rows& a, const char* b, typename Dot::Sum* sums, bool fresh) {
+  for (int c = 0; c < PANEL; c += VECS * LANES, sums += VECS * LANES) {
+    typename Dot::Acc acc[NUM_ROWS][VECS];
+    const char* rows[NUM_ROWS];
+#pragma GCC unroll 6
+    for (int r = 0; r < NUM_ROWS; ++r) {
+      rows[r] = a.data + r * a.stride;
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) acc[r][v] = Dot::none();
+    }
+    const char* at = b + c * 4;
+    for (int64_t k = 0; k < a.bytes; k += 4, at += STEP) {
+      if (c == 0) {
+#pragma GCC unroll 4
+        for (int line = 0; line < STEP; line += 64) _mm_prefetch(at + AHEAD + line, _MM_HINT_T0);
+      }
+      step_all<Dot>(rows, k, at, acc);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < NUM_ROWS; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) {
+        auto* to = sums + r * PANEL + v * LANES;
+        store(to, fresh ? acc[r][v] : Dot::add(load(to), acc[r][v]));
+      }
+  }
+}
+
+template <class Dot>
+inline void stream_rows(int num_rows, const Rows& a, const char* b, typename Dot::Sum* sums, bool fresh) {
+  switch (num_rows) {
+    case 1: stream<Dot, 1>(a, b, sums, fresh); break;
+    case 2: stream<Dot, 2>(a, b, sums, fresh); break;
+    case 3: stream<Dot, 3>(a, b, sums, fresh); break;
+    case 4: stream<Dot, 4>(a, b, sums, fresh); break;
+    case 5: stream<Dot, 5>(a, b, sums, fresh); break;
+    default: stream<Dot, 6>(a, b, sums, fresh); break;
+  }
+}
+
+// multiply_chunk, whose first rows of each panel fetch it. A's rows are whole groups.
+template <class Dot, class Epilogue>
+void stream_chunk(const Rows& a, int64_t first_row, int num_rows, const char* panels, int64_t columns, int64_t first,
+                  int64_t last, const Epilogue& epilogue) {
+  using Sum = typename Dot::Sum;
+  alignas(64) Sum sums[MOST_ROWS * PANEL];
+  for (int64_t p = first; p < last; ++p) {
+    const char* panel = panels + p * panel_bytes(a.bytes);
+    const int num_columns = static_cast<int>(columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL);
+    for (int64_t k = 0; k < a.bytes; k += Dot::SPAN) {
+      const int64_t bytes = a.bytes - k < Dot::SPAN ? a.bytes - k : Dot::SPAN;
+      const char* b = panel + k / 4 * STEP;
+      for (int r = 0; r < num_rows; r += ROWS) {
+        const int count = num_rows - r < ROWS ? num_rows - r : ROWS;
+        if (r == 0) stream_rows<Dot>(count, a.from(0, k, bytes), b, sums, k == 0);
+        else product<Dot>(count, a.from(r, k, bytes), b, sums + r * PANEL, PANEL, k == 0);
+      }
+    }
+    for (int r = 0; r < num_rows; r += ROWS)
+      epilogue(first_row + r, num_rows - r < ROWS ? num_rows - r : ROWS, p * PANEL, num_columns, sums + r * PANEL,
+               int64_t{PANEL});
+  }
+}
+
+// body(first row, number of rows) for chunks of at most `size` rows.
+template <class Body>
+inline void chunks(int64_t rows, int size, const Body& body) {
+  for (int64_t row = 0; row < rows; row += size) body(row, static_cast<int>(rows - row < size ? rows - row : size));
+}
+
+inline int64_t panel_size(const DecoderMatrix& m, int64_t size) {
+  if (m.kind == DecoderMatrix::Kind::plain) return panel_bytes(m.k * size);
+  if (m.kind == DecoderMatrix::Kind::w8a8 || m.group == 0) return panel_bytes(m.k);
+  return blocks(m.k, m.group) * int4_group_bytes(m.group, m.zeros);
+}
+
+// Where everything lies that a step writes between its phases.
+template <class T>
+struct Room {
+  T *x, *qkv, *attended, *product, *inner, *padded;
+  float *wide, *code_scale, *group_sums, *largest;
+  uint8_t* codes;
+  Candidates* candidates;
+  int* members;  // that have candidates
+  int64_t bytes = 0;
+
+  Room(char* base, const DecoderModel& m, int64_t rows, int64_t threads) : base_(base) {
+    const int64_t most = m.width > m.inner ? m.width : m.inner, panels = blocks(m.vocabulary.columns, PANEL);
+    take(x, rows * m.width);
+    take(qkv, rows * 3 * m.width);
+    take(attended, rows * m.width);
+    take(product, rows * m.width);
+    take(inner, rows * m.inner);
+    take(padded, rows * (most + 128));
+    take(wide, rows * m.inner);
+    take(code_scale, rows);
+    take(group_sums, rows * blocks(most, 32));
+    take(largest, 2 * rows * panels);
+    take(codes, rows * most);
+    take(candidates, threads * rows);
+    take(members, 1);
+  }
+
+ private:
+  template <class Item>
+  void take(Item*& to, int64_t count) {
+    to = reinterpret_cast<Item*>(base_ + bytes);
+    bytes += whole_lines(count * static_cast<int64_t>(sizeof(Item)));
+  }
+  char* base_;
+};
+
+template <class T>
+class Step {
+ public:
+  Step(const DecoderModel& m, const DecoderCall& c, Team& team)
+      : m_(m), c_(c), team_(team), room_(c.scratch, m, c.rows, c.threads), states_(reinterpret_cast<T*>(c.states)) {}
+
+  void run() {
+    if (team_.too_late()) return;
+    const DecoderMatrix& start = m_.num_layers ? m_.layers[0].qkv : m_.transform;
+    rows_then(start, [&](int64_t begin, int64_t end) { embed(begin, end); });
+    for (int64_t i = 0; i < m_.num_layers; ++i)
+      layer(m_.layers[i], i, i + 1 < m_.num_layers ? m_.layers[i + 1].qkv : m_.transform);
+    head();
+  }
+
+ private:
+  using Dot = typename Codes<T, false>::Dot;
+  static constexpr int64_t SIZE = sizeof(T);
+  const DecoderModel& m_;
+  const DecoderCall& c_;
+  Member team_;
+  Room<T> room_;
+  T* states_;
+
+  // The phase that ends here is followed by body(begin, end) over all rows, which makes what `next` is multiplied with.
+  template <class Body>
+  void rows_then(const DecoderMatrix& next, const Body& body) {
+    const int64_t columns = next.columns == 3 * m_.width ? m_.width : next.columns;  // Q, K, V are shared out by heads
+    const int64_t own = team_.id() * blocks(columns, PANEL) / team_.size();
+    team_.expect(next.panels + own * panel_size(next, SIZE), FETCHED);
+    if (c_.rows <= ALONE) return team_.arrive([&] { body(int64_t{0}, c_.rows); });
+    team_.arrive();
+    team_.share(c_.rows, body);
+    team_.arrive();
+  }
+
+  // Rows of x as `to` wants them.
+  void feed(const DecoderMatrix& to, const T* x, int64_t begin, int64_t end) {
+    const int64_t padded = padded_columns(to.k, to.group), groups = to.group == 0 ? 0 : padded / to.group;
+    for (int64_t r = begin; r < end; ++r) {
+      const T* row = x + r * to.k;
+      if (to.kind == DecoderMatrix::Kind::w8a8) room_.code_scale[r] = quantise_row(row, to.k, room_.codes + r * to.k);
+      if (to.kind != DecoderMatrix::Kind::weight_only) continue;
+      if (padded != to.k) pad_row(row, to.k, padded, room_.padded + r * padded);
+      if (to.zeros)
+        sum_groups(padded != to.k ? room_.padded + r * padded : row, groups, to.group, room_.group_sums + r * groups);
+    }
+  }
+
+  // y (rows, columns) = x W^T + bias, of panels first … last - 1; x was fed.
+  template <class Out>
+  void product(const DecoderMatrix& m, const T* x, int64_t first, int64_t last, Out* y, bool gelu = false) {
+    LinearArgs args = {};
+    args.columns = m.columns;
+    args.column_scale = m.column_scale;
+    args.offset = m.offset;
+    args.bias = m.bias;
+    args.bias_type = m.bias_type;
+    args.gelu = gelu;
+    if (m.kind == DecoderMatrix::Kind::w8a8) {
+      const Rows rows = {reinterpret_cast<const char*>(room_.codes), m.k, m.k};
+      const Finish<int32_t, Out> finish{args, y, 0, room_.code_scale};
+      chunks(c_.rows, CHUNK, [&](int64_t row, int count) {
+        stream_chunk<DotU8S8>(rows.from(row, 0, m.k), row, count, m.panels, m.columns, first, last, finish);
+      });
+    } else if (m.kind == DecoderMatrix::Kind::plain) {
+      const Rows rows = {reinterpret_cast<const char*>(x), m.k * SIZE, m.k * SIZE};
+      const Finish<float, Out> finish{args, y, 0, nullptr};
+      chunks(c_.rows, CHUNK, [&](int64_t row, int count) {
+        stream_chunk<Dot>(rows.from(row, 0, m.k * SIZE), row, count, m.panels, m.columns, first, last, finish);
+      });
+    } else {
+      weight_only(m, x, first, last, reinterpret_cast<T*>(y), gelu);  // whose Out is T
+    }
+  }
+
+  void weight_only(const DecoderMatrix& m, const T* x, int64_t first, int64_t last, T* y, bool gelu) {
+    WeightOnlyArgs args = {};
+    args.rows = c_.rows;
+    args.columns = m.columns;
+    args.k = m.k;
+    args.panels = m.panels;
+    args.group = m.group;
+    args.zeros = m.zeros;
+    args.column_scale = m.column_scale;
+    args.bias = m.bias;
+    args.bias_type = m.bias_type;
+    args.y = reinterpret_cast<char*>(y);
+    args.gelu = gelu;
+    const int64_t padded = padded_columns(m.k, m.group);
+    const Padded<T> in = {padded != m.k ? room_.padded : x, padded, m.zeros ? room_.group_sums : nullptr,
+                          m.group == 0 ? 0 : padded / m.group};
+    WeightOnly<T>{args, in}.run(first, last);
+  }
+
+  void norm(const DecoderNorm& n, const T* x, const T* residual, T* y, T* summed) {
+    NormForward args = {};
+    args.x = x;
+    args.residual = residual;
+    args.weight = n.weight;
+    args.bias = n.bias;
+    args.width = m_.width;
+    args.eps = n.eps;
+    args.y = y;
+    args.summed = summed;
+    norm_row<T>(args, 0, nullptr, nullptr);
+  }
+
+  void embed(int64_t begin, int64_t end) {
+    const T *words = reinterpret_cast<const T*>(m_.words), *positions = reinterpret_cast<const T*>(m_.positions);
+    for (int64_t r = begin; r < end; ++r)
+      norm(m_.norm, words + c_.tokens[r] * m_.width, positions + c_.positions[r] * m_.width, room_.x + r * m_.width,
+           room_.product + r * m_.width);
+    feed(m_.num_layers ? m_.layers[0].qkv : m_.transform, room_.x, begin, end);
+  }
+
+  // x = norm(x + y), then as `next` wants it.
+  void add_norm(const DecoderMatrix& m, const DecoderNorm& n, const T* in, const DecoderMatrix& next) {
+    team_.share(blocks(m.columns, PANEL),
+                [&](int64_t first, int64_t last) { product(m, in, first, last, room_.product); });
+    rows_then(next, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin * m_.width; r < end * m_.width; r += m_.width)
+        norm(n, room_.product + r, room_.x + r, room_.x + r, room_.attended + r);
+      feed(next, room_.x, begin, end);
+    });
+  }
+
+  AttentionArgs attention(const DecoderCache& cache, int64_t layer, const T* q, int64_t q_width) const {
+    AttentionArgs a = {};
+    a.type = m_.type;
+    a.q = reinterpret_cast<const char*>(q);
+    a.k = cache.k + layer * cache.k_layer;
+    a.v = cache.v + layer * cache.v_layer;
+    a.out = reinterpret_cast<char*>(room_.attended);
+    a.heads = m_.heads;
+    a.width = m_.head_width;
+    a.q_row = q_width * SIZE;
+    a.out_row = m_.width * SIZE;
+    a.q_head = a.k_head = a.v_head = a.out_head = m_.head_width * SIZE;
+    a.k_token = cache.k_token;
+    a.v_token = cache.v_token;
+    a.scale = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(m_.head_width)));
+    return a;
+  }
+
+  // `rows` rows from `row` on over the first `keys` of a slot, for the heads of columns first … last - 1.
+  void attend(const AttentionArgs& a, const DecoderCache& cache, int64_t slot, int64_t row, int64_t rows, int64_t keys,
+              int64_t first, int64_t last) const {
+    AttentionGroup g = {};
+    g.k = slot * cache.k_slot;
+    g.v = slot * cache.v_slot;
+    g.keys = keys;
+    g.q = row * a.q_row;
+    g.out = row * a.out_row;
+    g.rows = rows;
+    g.tokens = 1;
+    const int64_t head = first / m_.head_width, end = last / m_.head_width;
+    if (keys == 0) {
+      for (int64_t h = head; h < end; ++h) attend::nothing_visible<Dot>(a, g, h, 0, rows);
+    } else if (m_.head_width == 32) {
+      attend::single_task<Dot, 32>(a, g, head, end);
+    } else {
+      attend::single_task<Dot, 64>(a, g, head, end);
+    }
+  }
+
+  // Columns first … last - 1 of the new keys and values into their slots.
+  void append(int64_t layer, int64_t first, int64_t last) const {
+    const size_t bytes = static_cast<size_t>((last - first) * SIZE);
+    const DecoderCache& to = c_.self;
+    for (int64_t r = 0; r < c_.rows; ++r) {
+      const T* row = room_.qkv + r * 3 * m_.width + first;
+      const int64_t slot = c_.slots[r], position = c_.positions[r];
+      memcpy(to.k + layer * to.k_layer + slot * to.k_slot + position * to.k_token + first * SIZE, row + m_.width, bytes);
+      memcpy(to.v + layer * to.v_layer + slot * to.v_slot + position * to.v_token + first * SIZE, row + 2 * m_.width,
+             bytes);
+    }
+  }
+
+  void layer(const DecoderLayer& l, int64_t index, const DecoderMatrix& next) {
+    const int64_t panels = m_.width / PANEL;
+    team_.share(panels, [&](int64_t first, int64_t last) {  // of Q, of K and of V: these heads are this thread's alone
+      for (int64_t part = 0; part < 3; ++part)
+        product(l.qkv, room_.x, part * panels + first, part * panels + last, room_.qkv);
+      append(index, first * PANEL, last * PANEL);
+      const AttentionArgs a = attention(c_.self, index, room_.qkv, 3 * m_.width);
+      for (int64_t r = 0; r < c_.rows; ++r)
+        attend(a, c_.self, c_.slots[r], r, 1, c_.positions[r] + 1, first * PANEL, last * PANEL);
+    });
+    rows_then(l.self_output, [&](int64_t begin, int64_t end) { feed(l.self_output, room_.attended, begin, end); });
+    add_norm(l.self_output, l.self_norm, room_.attended, l.query);
+    team_.share(panels, [&](int64_t first, int64_t last) {
+      product(l.query, room_.x, first, last, room_.product);
+      const AttentionArgs a = attention(c_.cross, index, room_.product, m_.width);
+      for (int64_t r = 0, end = 0; r < c_.rows; r = end) {  // rows of one question read its states together
+        while (end < c_.rows && c_.questions[end] == c_.questions[r]) ++end;
+        const int64_t wanted = c_.question_lengths[c_.questions[r]];
+        const int64_t keys = wanted < 0 ? 0 : wanted < c_.question_length ? wanted : c_.question_length;
+        attend(a, c_.cross, c_.questions[r], r, end - r, keys, first * PANEL, last * PANEL);
+      }
+    });
+    rows_then(l.cross_output, [&](int64_t begin, int64_t end) { feed(l.cross_output, room_.attended, begin, end); });
+    add_norm(l.cross_output, l.cross_norm, room_.attended, l.input);
+    mlp(l, next);
+  }
+
+  void mlp(const DecoderLayer& l, const DecoderMatrix& next) {
+    const bool codes = l.input.kind == DecoderMatrix::Kind::w8a8 && l.output.kind == DecoderMatrix::Kind::w8a8;
+    team_.share(blocks(m_.inner, PANEL), [&](int64_t first, int64_t last) {
+      if (codes) product(l.input, room_.x, first, last, room_.wide, true);
+      else product(l.input, room_.x, first, last, room_.inner, true);
+    });
+    rows_then(l.output, [&](int64_t begin, int64_t end) {
+      if (!codes) return feed(l.output, room_.inner, begin, end);
+      for (int64_t r = begin; r < end; ++r)
+        room_.code_scale[r] = quantise_row(room_.wide + r * m_.inner, m_.inner, room_.codes + r * m_.inner);
+    });
+    add_norm(l.output, l.mlp_norm, room_.inner, next);
+  }
+
+  void head() {
+    team_.share(m_.width / PANEL, [&](int64_t first, int64_t last) {
+      product(m_.transform, room_.x, first, last, room_.product, true);
+    });
+    const bool only_states = c_.count == 0;
+    auto states = [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin * m_.width; r < end * m_.width; r += m_.width)
+        norm(m_.transform_norm, room_.product + r, nullptr, states_ + r, nullptr);
+      if (!only_states) feed(m_.vocabulary, states_, begin, end);
+    };
+    rows_then(m_.vocabulary, states);
+    if (!only_states) best();
+    team_.arrive([] {}, true);
+  }
+
+  void best() {
+    const int64_t num_panels = blocks(m_.vocabulary.columns, PANEL), rows = c_.rows;
+    TopKArgs args = {};
+    args.rows = rows;
+    args.columns = m_.vocabulary.columns;
+    args.k = m_.width;
+    args.column_scale = m_.vocabulary.column_scale;
+    args.offset = m_.vocabulary.offset;
+    args.bias = reinterpret_cast<const float*>(m_.vocabulary.bias);
+    args.count = c_.count;
+    args.values = c_.values;
+    args.indices = c_.indices;
+    args.shift = c_.shift;
+    args.total = c_.total;
+    float* sums = room_.largest + rows * num_panels;
+    const int members = static_cast<int>(team_.size());
+    if (team_.takes_part())  // also where its part is empty
+      for (int64_t r = 0; r < rows; ++r) room_.candidates[team_.id() * rows + r].clear(c_.count);
+    team_.share(num_panels, [&](int64_t first, int64_t last) {
+      Candidates* own = room_.candidates + team_.id() * rows;
+      if (m_.vocabulary.kind == DecoderMatrix::Kind::w8a8)
+        reduce<DotU8S8>(args, {reinterpret_cast<const char*>(room_.codes), m_.width, m_.width}, first, last, sums, own);
+      else
+        reduce<Dot>(args, {c_.states, m_.width * SIZE, m_.width * SIZE}, first, last, sums, own);
+    });
+    team_.arrive([&] { *room_.members = members; });
+    team_.share(rows, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        finish_row(args, r, num_panels, room_.largest, sums, room_.candidates, *room_.members);
+    });
+  }
+
+  template <class D>
+  void reduce(const TopKArgs& args, const Rows& a, int64_t first, int64_t last, float* sums, Candidates* own) const {
+    const int64_t num_panels = blocks(args.columns, PANEL);
+    const Reduce<typename D::Sum> epilogue{args, room_.code_scale, room_.largest, sums, num_panels, own};
+    chunks(args.rows, MOST_ROWS, [&](int64_t row, int count) {
+      stream_chunk<D>(a.from(row, 0, a.bytes), row, count, m_.vocabulary.panels, args.columns, first, last, epilogue);
+    });
+  }
+};
+
+int64_t scratch_bytes(const DecoderModel& m, int64_t rows, int64_t threads) {
+  if (m.type == Type::f32) return Room<float>(nullptr, m, rows, threads).bytes;
+  return Room<bf16>(nullptr, m, rows, threads).bytes;
+}
+
+void reserve(const DecoderModel& m, const DecoderCall& c) {
+  const int64_t most = m.width > m.inner ? m.width : m.inner;
+  scratch_of<float>(4, attend::TOGETHER * c.most_keys * LANES);
+  scratch_of<float>(5, attend::TOGETHER * 384);
+  if (c.rows > FEW) scratch_of<char>(0, (most + 136) * PANEL * 4);
+}
+
+void run(const DecoderModel& m, const DecoderCall& c, Team& team) {
+  if (c.rows == 0) return;
+  if (m.type == Type::f32) Step<float>(m, c, team).run();
+  else Step<bf16>(m, c, team).run();
+}
+
+}  // namespace
+}  // namespace decode
+
+extern const DecoderKernels decoder_kernels = {decode::scratch_bytes, decode::reserve, decode::run};
+
+}  // namespace MISS_ISA
+}  // namespace miss
