@@ -145,7 +145,8 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
 
     def step() -> tuple[Tensor, ...]:
         decoder = one_layer(s)
-        cache, positions = Cache(*(s.cache()[None] for _ in range(4)), lengths), s.whole(0, 3, 5, 2)
+        own, crossed = ((s.cache()[None], s.cache()[None]) for _ in range(2))
+        cache, positions = Cache(*own, *crossed, lengths), s.whole(0, 3, 5, 2)
         tokens = s.whole(1, 2, 3, 4, dtype=torch.int64)
         return decoder_step(decoder, cache, tokens, slots, positions, index, 3, prepare_decoder(decoder))
 
