@@ -3,7 +3,9 @@
 // Few rows are bound by reading the weights once; so a thread keeps its own part of each weight, its heads of attention
 // follow their projection without waiting for the others, what is small (norms, codes) is done by whoever comes last
 // while the others fetch what they will read next. Every row's arithmetic is that of the single operations.
+#include "decoder_room.inl.h"
 #include "decoder_step.h"
+#include "decoder_stream.inl.h"
 
 namespace miss {
 namespace MISS_ISA {
@@ -12,74 +14,6 @@ namespace {
 
 constexpr int64_t ALONE = 3;           // rows up to which norms and codes are not worth a phase of their own
 constexpr int64_t FETCHED = 192 << 10;  // bytes of the next weight that a waiting thread fetches, of 1 MB of L2
-
-inline int64_t whole_lines(int64_t bytes) { return blocks(bytes, 64) * 64; }
-
-// One panel's product with up to ROWS rows, the panel being on its way from memory.
-template <class Dot, int NUM_ROWS>
-inline void stream(const Rows& a, const char* b, typename Dot::Sum* sums, bool fresh) {
-  for (int c = 0; c < PANEL; c += VECS * LANES, sums += VECS * LANES) {
-    typename Dot::Acc acc[NUM_ROWS][VECS];
-    const char* rows[NUM_ROWS];
-#pragma GCC unroll 6
-    for (int r = 0; r < NUM_ROWS; ++r) {
-      rows[r] = a.data + r * a.stride;
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) acc[r][v] = Dot::none();
-    }
-    const char* at = b + c * 4;
-    for (int64_t k = 0; k < a.bytes; k += 4, at += STEP) {
-      if (c == 0) {
-#pragma GCC unroll 4
-        for (int line = 0; line < STEP; line += 64) _mm_prefetch(at + AHEAD + line, _MM_HINT_T0);
-      }
-      step_all<Dot>(rows, k, at, acc);
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < NUM_ROWS; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) {
-        auto* to = sums + r * PANEL + v * LANES;
-        store(to, fresh ? acc[r][v] : Dot::add(load(to), acc[r][v]));
-      }
-  }
-}
-
-template <class Dot>
-inline void stream_rows(int num_rows, const Rows& a, const char* b, typename Dot::Sum* sums, bool fresh) {
-  switch (num_rows) {
-    case 1: stream<Dot, 1>(a, b, sums, fresh); break;
-    case 2: stream<Dot, 2>(a, b, sums, fresh); break;
-    case 3: stream<Dot, 3>(a, b, sums, fresh); break;
-    case 4: stream<Dot, 4>(a, b, sums, fresh); break;
-    case 5: stream<Dot, 5>(a, b, sums, fresh); break;
-    default: stream<Dot, 6>(a, b, sums, fresh); break;
-  }
-}
-
-// multiply_chunk, whose first rows of each panel fetch it. A's rows are whole groups.
-template <class Dot, class Epilogue>
-void stream_chunk(const Rows& a, int64_t first_row, int num_rows, const char* panels, int64_t columns, int64_t first,
-                  int64_t last, const Epilogue& epilogue) {
-  using Sum = typename Dot::Sum;
-  alignas(64) Sum sums[MOST_ROWS * PANEL];
-  for (int64_t p = first; p < last; ++p) {
-    const char* panel = panels + p * panel_bytes(a.bytes);
-    const int num_columns = static_cast<int>(columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL);
-    for (int64_t k = 0; k < a.bytes; k += Dot::SPAN) {
-      const int64_t bytes = a.bytes - k < Dot::SPAN ? a.bytes - k : Dot::SPAN;
-      const char* b = panel + k / 4 * STEP;
-      for (int r = 0; r < num_rows; r += ROWS) {
-        const int count = num_rows - r < ROWS ? num_rows - r : ROWS;
-        if (r == 0) stream_rows<Dot>(count, a.from(0, k, bytes), b, sums, k == 0);
-        else product<Dot>(count, a.from(r, k, bytes), b, sums + r * PANEL, PANEL, k == 0);
-      }
-    }
-    for (int r = 0; r < num_rows; r += ROWS)
-      epilogue(first_row + r, num_rows - r < ROWS ? num_rows - r : ROWS, p * PANEL, num_columns, sums + r * PANEL,
-               int64_t{PANEL});
-  }
-}
 
 // body(first row, number of rows) for chunks of at most `size` rows.
 template <class Body>
@@ -92,42 +26,6 @@ inline int64_t panel_size(const DecoderMatrix& m, int64_t size) {
   if (m.kind == DecoderMatrix::Kind::w8a8 || m.group == 0) return panel_bytes(m.k);
   return blocks(m.k, m.group) * int4_group_bytes(m.group, m.zeros);
 }
-
-// Where everything lies that a step writes between its phases.
-template <class T>
-struct Room {
-  T *x, *qkv, *attended, *product, *inner, *padded;
-  float *wide, *code_scale, *group_sums, *largest;
-  uint8_t* codes;
-  Candidates* candidates;
-  int* members;  // that have candidates
-  int64_t bytes = 0;
-
-  Room(char* base, const DecoderModel& m, int64_t rows, int64_t threads) : base_(base) {
-    const int64_t most = m.width > m.inner ? m.width : m.inner, panels = blocks(m.vocabulary.columns, PANEL);
-    take(x, rows * m.width);
-    take(qkv, rows * 3 * m.width);
-    take(attended, rows * m.width);
-    take(product, rows * m.width);
-    take(inner, rows * m.inner);
-    take(padded, rows * (most + 128));
-    take(wide, rows * m.inner);
-    take(code_scale, rows);
-    take(group_sums, rows * blocks(most, 32));
-    take(largest, 2 * rows * panels);
-    take(codes, rows * most);
-    take(candidates, threads * rows);
-    take(members, 1);
-  }
-
- private:
-  template <class Item>
-  void take(Item*& to, int64_t count) {
-    to = reinterpret_cast<Item*>(base_ + bytes);
-    bytes += whole_lines(count * static_cast<int64_t>(sizeof(Item)));
-  }
-  char* base_;
-};
 
 template <class T>
 class Step {

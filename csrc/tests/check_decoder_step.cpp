@@ -239,7 +239,7 @@ void step(int64_t rows, int64_t width, int64_t head, Scheme scheme, double toler
   Part part = {&model, &call, &alone};
   take_part(&part);
   const Numbers first = read(states.data(), rows * width), best = read(values.data(), rows * 2);
-  for (int64_t i = 0; i < LAYERS; ++i)  // what was written is cached once more, by three threads, the last of them late
+  for (int64_t i = 0; i < LAYERS; ++i)  // written again by three threads
     for (int64_t r = 0; r < rows; ++r) k[((i * SLOTS + slots[r]) * LENGTH + positions[r]) * width] = T{};
   miss::Team team;
   Part shared = {&model, &call, &team};
