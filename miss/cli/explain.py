@@ -144,7 +144,10 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
 
     def step() -> tuple[Tensor, ...]:
         decoder = one_layer(s)
-        cache, positions = Cache(*(s.cache()[None] for _ in range(4)), lengths), s.whole(0, 3, 5, 2)
+        cache, positions = (
+            Cache(s.cache()[None], s.cache()[None], s.cache()[None], s.cache()[None], lengths),
+            s.whole(0, 3, 5, 2),
+        )
         tokens = s.whole(1, 2, 3, 4, dtype=torch.int64)
         return decoder_step(decoder, cache, tokens, slots, positions, index, 3, prepare_decoder(decoder))
 
@@ -211,9 +214,9 @@ def one_layer(s: Shapes) -> Decoder:
         *(dense(width, width), dense(width, width), norm()),
         *(dense(4 * width, width), dense(width, 4 * width), norm()),
     )
-    tables = (s.leaf(rows, width).detach() for rows in (s.config.decoder.vocab_size, 40))
-    head = dense(s.config.decoder.vocab_size, width)
-    return Decoder(*tables, norm(), (layer,), dense(width, width), norm(), head, s.heads)
+    vocabulary = s.config.decoder.vocab_size
+    words, places, head = s.leaf(vocabulary, width).detach(), s.leaf(40, width).detach(), dense(vocabulary, width)
+    return Decoder(words, places, norm(), (layer,), dense(width, width), norm(), head, s.heads)
 
 
 def observe(call: Callable[[], Any]) -> list[Choice]:
