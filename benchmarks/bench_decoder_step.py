@@ -55,7 +55,7 @@ def _decoder(generator: torch.Generator, config: TextConfig, dtype: torch.dtype,
     tables = (normal(generator, count, width, dtype=dtype) for count in (config.vocab_size, config.max_positions))
     layers = tuple(layer() for _ in range(config.num_layers))
     head = dense(width, width), norm(), dense(config.vocab_size, width)
-    return Decoder(*tables, norm(), layers, *head, config.num_heads)
+    return Decoder(next(tables), next(tables), norm(), layers, *head, config.num_heads)
 
 
 def _laid_out(decoder: Decoder) -> Decoder:
@@ -65,7 +65,7 @@ def _laid_out(decoder: Decoder) -> Decoder:
         return m._replace(panels=lay_out(m.weight))
 
     def layer(one: Layer) -> Layer:
-        return Layer(*(matrix(p) if isinstance(p, Matrix) else p for p in one))
+        return Layer._make(matrix(p) if isinstance(p, Matrix) else p for p in one)
 
     return decoder._replace(
         layers=tuple(layer(one) for one in decoder.layers),
@@ -74,8 +74,9 @@ def _laid_out(decoder: Decoder) -> Decoder:
     )
 
 
-def _results(decoder: Decoder, runner: object | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    states, values, _, total = decoder_step(decoder, *rest, 1, runner)
+def _results(decoder: Decoder, runner: object | None, cache: Cache, *index: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, slots, positions, questions = index
+    states, values, _, total = decoder_step(decoder, cache, tokens, slots, positions, questions, 1, runner)
     return states, values, total
 
 
@@ -109,7 +110,7 @@ def _case(shapes: Shapes, rows: int, dtype: torch.dtype, packed: bool) -> Case:
         device = generator.device
         row = torch.arange(rows, dtype=torch.int32, device=device)
         lengths = torch.full((questions,), NUM_QUESTION_TOKENS, dtype=torch.int32, device=device)
-        caches = (cached(rows, _LENGTH), cached(rows, _LENGTH), *(cached(questions, 35) for _ in range(2)))
+        caches = (cached(rows, _LENGTH), cached(rows, _LENGTH), cached(questions, 35), cached(questions, 35))
         tokens = torch.randint(config.vocab_size, (rows,), generator=generator, device=device)
         index = (tokens, row, torch.full_like(row, _POSITION), row * questions // rows)
         return _decoder(generator, config, dtype, packed), Cache(*caches, lengths), *index
