@@ -51,8 +51,8 @@ def _llm_int8_reference(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | N
 
 
 def _nf4_limits(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, columns: int) -> str | None:
-    """bitsandbytes 0.50.2's CPU product is wrong where rows do not end with a block: a (64, 160) matrix gives errors
-    as large as its outputs, while its own dequantisation of it is right."""
+    """bitsandbytes 0.50.2's CPU product is wrong where rows do not end with a block (it takes scales of other
+    blocks): a (64, 160) matrix gives errors as large as its outputs."""
     return f"rows of {columns} do not end with a block of {NF4_BLOCK}" if columns % NF4_BLOCK else None
 
 

@@ -34,11 +34,12 @@ def tensors(rows: int = 5, columns: int = 128, outputs: int = 12) -> tuple[torch
 @installed
 class TestPacking:
     @settings(max_examples=15, deadline=None)
-    @given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
-    def test_nf4_unpacks_to_the_librarys_numbers(self, rows: int, half: int, seed: int) -> None:
+    @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 99))
+    def test_nf4_unpacks_to_the_librarys_numbers(self, rows: int, blocks: int, seed: int) -> None:
+        """Where rows end with a block; elsewhere its dequantisation on CPU takes some scales from other blocks."""
         import bitsandbytes.functional as functional
 
-        weight = torch.randn(rows, 2 * half, generator=torch.Generator().manual_seed(seed))
+        weight = torch.randn(rows, 64 * blocks, generator=torch.Generator().manual_seed(seed))
         codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
         packed = pack_nf4(weight)
         assert torch.equal(packed.data, codes.flatten())
