@@ -216,6 +216,21 @@ def watch(watcher: Watcher) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
+Wrapper = Callable[["Op", Impl, tuple[Any, ...], Callable[[], Any]], Any]
+_wrappers: list[Wrapper] = []
+
+
+@contextlib.contextmanager
+def around(wrapper: Wrapper) -> Iterator[None]:
+    """Inside this block every run of an implementation is `wrapper(op, implementation, arguments, run)`, which calls
+    `run()` and returns what came of it: for profilers. An operation that is made of others wraps those too."""
+    _wrappers.append(wrapper)
+    try:
+        yield
+    finally:
+        _wrappers.remove(wrapper)
+
+
 @functools.cache
 def _misfit(impl: Impl, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `impl` cannot serve this device and dtype; None where it can."""
@@ -300,6 +315,11 @@ class Op:
         return self._run(self.select(*args), args)
 
     def _run(self, impl: Impl, args: tuple[Any, ...]) -> Any:
+        if _wrappers:
+            return _wrappers[-1](self, impl, args, lambda: self._run_plainly(impl, args))
+        return self._run_plainly(impl, args)
+
+    def _run_plainly(self, impl: Impl, args: tuple[Any, ...]) -> Any:
         """Runs with autocast off: the public function has cast what is to be cast, and an implementation that turns to
         float32 for accuracy must not have its products turned back."""
         device = _first_tensor(args).device.type

@@ -4,11 +4,15 @@ Owns these weights for every layer (so that a sharding engine gathers them once)
 image tokens for the joint encoder, question states for the decoder.
 """
 
+import torch
 from torch import Tensor
 
 from miss.kernels.cross_attention import KV
+from miss.kernels.linear import linear_into
 from miss.models.config import TextConfig
 from miss.models.linear import Linear
+
+Shape = tuple[int, int, int, int]  # layers, 2, heads, head width
 
 
 class CrossKV(Linear):
@@ -16,11 +20,38 @@ class CrossKV(Linear):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config.source_width, config.num_layers * 2 * config.hidden_size)
-        self.shape = (config.num_layers, 2, config.num_heads, config.hidden_size // config.num_heads)
+        self.shape: Shape = (config.num_layers, 2, config.num_heads, config.hidden_size // config.num_heads)
 
     def layers(self, source: Tensor) -> list[KV]:
         """source (I, N, S) -> per layer K and V (I, N, H, D), views of one product."""
-        return split_layers(self(source).unflatten(-1, self.shape))
+        return split_layers(self.product(source))
+
+    def product(self, source: Tensor, out: Tensor | None = None) -> Tensor:
+        """source (I, N, S) -> (I, N, layers, 2, H, D), in `out` where it is given: inference's, of any strides."""
+        if out is None and in_order(source):
+            return self(source).unflatten(-1, self.shape)
+        out = room_for(source, self.shape) if out is None else out
+        return linear_into(source, self.weight, self.bias, out, self.panels())
+
+
+def in_order(source: Tensor) -> bool:
+    """Whether the product is left as it comes, token by token: for its gradient, and where a kernel writes no other."""
+    return source.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def room_for(source: Tensor, shape: Shape) -> Tensor:
+    """Memory for a product of `source` (I, N, S), see `new_room`."""
+    return new_room(source, source.shape[0], source.shape[1], shape)
+
+
+def new_room(like: Tensor, num_images: int, num_tokens: int, shape: Shape) -> Tensor:
+    """Memory for keys and values as (I, N, layers, 2, H, D), in which a head's tokens lie one after the other.
+
+    Token by token they lie 36 KB apart (base, bfloat16), each in a page of its own: cross-attention of one question
+    over 577 tokens then takes 330 us a layer on two Zen 4 cores, of which its products are 70.
+    """
+    layers, two, heads, width = shape
+    return like.new_empty(num_images, layers, two, heads, num_tokens, width).permute(0, 4, 1, 2, 3, 5)
 
 
 def split_layers(projected: Tensor) -> list[KV]:

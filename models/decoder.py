@@ -152,6 +152,13 @@ class AnswerDecoder(nn.Module):
             self._laid = Laid(self)
         return self._laid.weights, self._laid.runner
 
+    def best(self, states: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best next tokens after states (R, C): log-probabilities (R, num_best), descending; ids int64
+        (R, num_best); the log-sum-exp of all logits (R,)."""
+        weight, bias, panels = vocabulary(self)
+        logits, ids, total = linear_top_k(states, weight, bias, num_best, panels)
+        return logits - total[:, None], ids, total
+
     def tree(
         self,
         ids: Tensor,
@@ -177,13 +184,6 @@ class AnswerDecoder(nn.Module):
             assert isinstance(layer, TextLayer)
             x = layer.tree(x, ancestors, question_kv[i], question_index, question_lengths)
         return self.head(x)
-
-    def best(self, states: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The best next tokens after states (R, C): log-probabilities (R, num_best), descending; ids int64
-        (R, num_best); the log-sum-exp of all logits (R,)."""
-        weight, bias, panels = vocabulary(self)
-        logits, ids, total = linear_top_k(states, weight, bias, num_best, panels)
-        return logits - total[:, None], ids, total
 
     def logits(self, states: Tensor) -> Tensor:
         """All logits (…, V) after states (…, C), which are `states`' or, teacher-forced, `head(forward(…))`; float32

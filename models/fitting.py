@@ -39,6 +39,7 @@ class LoadReport:
     resized:    interpolated to another shape
     dropped:    left out by rule (a conversion's momentum twins, queues and copies)
     digest:     SHA-256 of the tensors, "" where the file carries none
+    notes:      what the user should know about the form in which the tensors run
     """
 
     matched: tuple[str, ...] = ()
@@ -47,6 +48,7 @@ class LoadReport:
     resized: tuple[Resized, ...] = ()
     dropped: tuple[str, ...] = ()
     digest: str = ""
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [

@@ -13,14 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from miss.kernels.cross_attention import KV
-from miss.kernels.quant_linear import PackedWeight, from_flat, pack_int8, packed_names, to_flat, unpack
+from miss.kernels.quant_linear import (
+    PackedWeight,
+    from_flat,
+    pack_int8,
+    packed_names,
+    quant_linear_into,
+    to_flat,
+    unpack,
+)
 from miss.models.config import from_dict
-from miss.models.cross_kv import CrossKV, split_layers
+from miss.models.cross_kv import CrossKV, in_order, room_for, split_layers
 from miss.models.linear import Linear, QuantLinear
 from miss.models.vqa import MissVQA
 
 VERSION = 1
-_PARTS = ("data", "scale", "zero", "layout")
+PARTS = ("data", "scale", "zero", "layout")
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Quantization:
 
     shapes: of packed tensors that are no matrices.
     parent: the SHA-256 of the tensors that were packed. report: how it was done and what it cost, for people.
+    kept: linear layers that are not packed.
     """
 
     version: int = VERSION
@@ -36,6 +45,7 @@ class Quantization:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     parent: str = ""
     report: dict[str, Any] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Quantization":
@@ -70,7 +80,7 @@ def unpack_tensors(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any
     """
     shapes = Quantization.read(quantization).shapes
     packed = packed_weights(tensors)
-    parts = {f"{name}.{part}" for name in packed for part in _PARTS}
+    parts = {f"{name}.{part}" for name in packed for part in PARTS}
     state = {name: value.float() for name, value in tensors.items() if name not in parts}
     for name, weight in packed.items():
         shape = shapes.get(name, list(weight.shape))
@@ -93,7 +103,16 @@ class QuantCrossKV(QuantLinear):
         self.shape = shape
 
     def layers(self, source: Tensor) -> list[KV]:
-        return split_layers(self(source).unflatten(-1, self.shape))
+        return split_layers(self.product(source))
+
+    def product(self, source: Tensor, out: Tensor | None = None) -> Tensor:
+        """As `CrossKV.product`."""
+        if out is None and (in_order(source) or not self.packed.dynamic):
+            return self(source).unflatten(-1, self.shape)
+        out = room_for(source, self.shape) if out is None else out
+        if self.packed.dynamic:
+            return quant_linear_into(source, self.packed, self.bias, out)
+        return out.copy_(self(source).unflatten(-1, self.shape))
 
 
 def linear_modules(model: nn.Module) -> dict[str, Linear]:
@@ -101,13 +120,20 @@ def linear_modules(model: nn.Module) -> dict[str, Linear]:
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
-def use_packed(model: MissVQA, packed: Mapping[str, PackedWeight]) -> MissVQA:
-    """Puts packed weights in place of the model's linear layers, for inference; word tables stay as they are."""
+def use_packed(
+    model: MissVQA, packed: Mapping[str, PackedWeight], biases: Mapping[str, Tensor] | None = None
+) -> MissVQA:
+    """Puts packed weights in place of the model's linear layers, for inference; word tables stay as they are.
+
+    Args:
+        biases: of the layers, by name, for a model that has no memory of its own yet.
+    """
     for name, module in linear_modules(model).items():
         if name not in packed:
             continue
-        weight = packed[name].to(module.weight.device)
-        bias = None if module.bias is None else module.bias.detach()
+        weight = packed[name] if biases is not None else packed[name].to(module.weight.device)
+        own: Tensor | None = module.bias if biases is None else biases.get(name.removesuffix("weight") + "bias")
+        bias = None if own is None else own.detach()
         new = QuantCrossKV(weight, bias, module.shape) if isinstance(module, CrossKV) else QuantLinear(weight, bias)
         model.set_submodule(name.removesuffix(".weight"), new)
     model.decoder.forget()

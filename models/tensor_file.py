@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from io import FileIO
+from math import prod
 from pathlib import Path
 
 import torch
@@ -62,6 +63,39 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path}: truncated, altered or not a safetensors file ({size} bytes; {error}): copy or convert it again"
         ) from None
+
+
+def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file as a view of the mapped file, and the file's metadata. Pages are read when
+    they are used, shared between processes, and dropped where memory is short.
+
+    The views are for reading: what is written to them stays in this process.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; a checkpoint folder holds its tensors there")
+    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="pt") as file:  # checks the header, and that the tensors fill the file
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            metadata = file.metadata() or {}
+            shapes = {name: (s.get_shape(), _DTYPES[s.get_dtype()]) for name, s in slices.items()}
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: truncated, altered or not a safetensors file ({size} bytes; {error}): copy or convert it again"
+        ) from None
+    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    mapped, end = {}, size
+    for name, (shape, dtype) in reversed(shapes.items()):
+        start = end - prod(shape) * dtype.itemsize
+        part = whole[start:end]
+        if start % dtype.itemsize:  # other writers' files; the library's are aligned
+            part = part.clone()
+        mapped[name] = part.view(dtype).view(shape)
+        end = start
+    return dict(reversed(mapped.items())), metadata
 
 
 def _fill(tensor: Tensor, file: FileIO, message: str) -> None:

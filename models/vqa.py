@@ -14,6 +14,7 @@ from miss.kernels.cross_attention import KV
 from miss.kernels.cross_entropy import linear_cross_entropy
 from miss.models.cache import KVCache
 from miss.models.config import MissConfig
+from miss.models.cross_kv import split_layers
 from miss.models.decoder import AnswerDecoder
 from miss.models.joint import JointEncoder
 from miss.models.layers import mix
@@ -80,9 +81,12 @@ class MissVQA(nn.Module):
         """pixels uint8 (I, S, S, 3) -> image tokens (I, N, C), [CLS] first."""
         return self.vision(pixels)
 
-    def project_images(self, image_tokens: Tensor) -> list[KV]:
-        """Image tokens (I, N, C) -> the joint encoder's cross-attention K and V of every layer, (I, N, H, D)."""
-        return self.encoder.cross_kv.layers(image_tokens)
+    def project_images(self, image_tokens: Tensor, out: Tensor | None = None) -> list[KV]:
+        """Image tokens (I, N, C) -> the joint encoder's cross-attention K and V of every layer, (I, N, H, D).
+
+        `out`: (I, N, layers, 2, H, D) of any strides, written in inference instead of new memory (`cross_kv.new_room`).
+        """
+        return split_layers(self.encoder.cross_kv.product(image_tokens, out))
 
     def encode_questions(
         self,

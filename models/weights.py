@@ -189,7 +189,7 @@ def load_checkpoint(
         where=str(folder / WEIGHTS),
     )
     if verify:
-        _verify(folder, raw, header)
+        verify_files(folder, raw, header)
     return model, dataclasses.replace(report, digest=header.get("sha256", ""))
 
 
@@ -201,7 +201,7 @@ def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = True) -> t
     """
     config, tensors, raw, header = _read(Path(folder))
     if verify:
-        _verify(Path(folder), raw, header)
+        verify_files(Path(folder), raw, header)
     return config, tensors
 
 
@@ -217,18 +217,17 @@ def build(
     where: str = "the checkpoint",
 ) -> tuple[MissVQA, LoadReport]:
     """A model that takes `tensors` (our names) for its own, without a copy; see `load_checkpoint`."""
-    model = _empty_model(config)
+    model = empty_model(config)
     chosen, report = fit(_shapes(model), tensors, allow_missing, allow_unexpected, allow_resize, where)
     state = {name: _placed(value, device, dtype) for name, value in unshared(chosen).items()}
-    if config.tie_embeddings:
-        state |= {f"decoder.{n.removeprefix('encoder.')}": v for n, v in state.items() if _is_embedding(n)}
+    state |= tied_names(state, config)
     model.load_state_dict(state, assign=True)
     return model.eval(), report
 
 
 def model_shapes(config: MissConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds, and its shape."""
-    return _shapes(_empty_model(config))
+    return _shapes(empty_model(config))
 
 
 def read_tokenizer(source: str | os.PathLike[str] | HasText | None) -> bytes | None:
@@ -269,7 +268,7 @@ def _read(folder: Path) -> tuple[MissConfig, dict[str, Tensor], dict[str, Tensor
     return config, tensors, raw, header
 
 
-def _verify(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+def verify_files(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Compares the digests that the header carries; a file without them was not written by us and has none to fail."""
     if "sha256" in header and digest(tensors) != header["sha256"]:
         raise CheckpointError(
@@ -306,6 +305,13 @@ def _placed(value: Tensor, device: torch.device | str, dtype: torch.dtype | None
     return value.to(device, dtype if value.is_floating_point() else None)
 
 
+def tied_names(state: Mapping[str, Tensor], config: MissConfig) -> dict[str, Tensor]:
+    """The decoder's names for a shared embedding table, which a file does not hold twice."""
+    if not config.tie_embeddings:
+        return {}
+    return {f"decoder.{n.removeprefix('encoder.')}": v for n, v in state.items() if _is_embedding(n)}
+
+
 def _is_embedding(name: str) -> bool:
     return name.startswith("encoder.embeddings.")
 
@@ -326,7 +332,7 @@ class _Uninitialised(TorchFunctionMode):
 _IN_PLACE = frozenset({"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"})
 
 
-def _empty_model(config: MissConfig) -> MissVQA:
+def empty_model(config: MissConfig) -> MissVQA:
     """A model without memory for its weights."""
     with torch.device("meta"), _Uninitialised():
         return MissVQA(config)

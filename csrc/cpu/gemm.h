@@ -8,12 +8,25 @@
 namespace miss {
 namespace {
 
-constexpr int CHUNK = 8 * ROWS;         // rows that share a panel while it is in L2, and whose A stays there
+constexpr int CHUNK = 8 * ROWS;         // at most so many rows share a panel while it is in L2, and their A stays there
 constexpr int MOST_ROWS = PANEL;        // of a chunk: where A is packed, a chunk is a panel of it
 constexpr int64_t BLOCKS_A_THREAD = 8;  // with fewer blocks of rows, threads share out the panels instead
 
 inline int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 inline int64_t panel_bytes(int64_t bytes) { return blocks(bytes, 4) * STEP; }
+
+// Block `block` of `num_blocks` that read the panel one after the other: its product, and its part of fetching what comes
+// behind the panel's `bytes / 4` groups: 4 lines a group, in the time of the first 1, 2 or 4 blocks.
+template <class Dot>
+inline void fetching_product(int block, int num_blocks, int num_rows, const Rows& a, const char* panel, const char* next,
+                             typename Dot::Sum* sums, bool fresh) {
+  const int64_t part = a.bytes / 4 * 64;
+  if (a.step != 4 || block >= 4) product<Dot>(num_rows, a, panel, sums, PANEL, fresh);
+  else if (num_blocks >= 4) product_fetching<Dot, 1>(num_rows, a, panel, sums, PANEL, fresh, next + block * part);
+  else if (num_blocks == 1) product_fetching<Dot, 4>(num_rows, a, panel, sums, PANEL, fresh, next);
+  else if (block < 2) product_fetching<Dot, 2>(num_rows, a, panel, sums, PANEL, fresh, next + block * 2 * part);
+  else product<Dot>(num_rows, a, panel, sums, PANEL, fresh);
+}
 
 // At most MOST_ROWS rows of A times panels first … last - 1, on this thread.
 // epilogue(row, num_rows, column, num_columns, sums, stride) is called once a tile; `row` counts from first_row.
@@ -24,16 +37,19 @@ void multiply_chunk(const Rows& a, int64_t first_row, int num_rows, const char* 
                     int64_t last, const Epilogue& epilogue) {
   using Sum = typename Dot::Sum;
   alignas(64) Sum sums[MOST_ROWS * PANEL];
+  const int num_blocks = static_cast<int>(blocks(num_rows, ROWS));
   for (int64_t p = first; p < last; ++p) {
     const char* panel = panels + p * panel_bytes(a.bytes);
     int num_columns = static_cast<int>(columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL);
     for (int64_t k = 0; k < a.bytes || k == 0; k += Dot::SPAN) {
       int64_t bytes = a.bytes - k < Dot::SPAN ? a.bytes - k : Dot::SPAN;
       bool last_k = k + Dot::SPAN >= a.bytes;
+      const char* next = last_k && p + 1 == last ? panels + first * panel_bytes(a.bytes) : panel + (k + bytes) / 4 * STEP;
       for (int r = 0; r < num_rows; r += ROWS) {
         int count = num_rows - r < ROWS ? num_rows - r : ROWS;
         if (last_k) epilogue.prefetch(first_row + r, count, p * PANEL, num_columns);
-        product<Dot>(count, a.from(r, k, bytes), panel + k / 4 * STEP, sums + r * PANEL, PANEL, k == 0);
+        fetching_product<Dot>(r / ROWS, num_blocks, count, a.from(r, k, bytes), panel + k / 4 * STEP, next,
+                              sums + r * PANEL, k == 0);
         if (last_k) epilogue(first_row + r, count, p * PANEL, num_columns, sums + r * PANEL, int64_t{PANEL});
       }
     }
@@ -43,14 +59,22 @@ void multiply_chunk(const Rows& a, int64_t first_row, int num_rows, const char* 
 // Whether threads share out the rows (each then finishes whole rows) or the panels. The sums are the same either way.
 inline bool split_rows(int64_t rows) { return blocks(rows, ROWS) >= BLOCKS_A_THREAD * num_threads(); }
 
+// body(first row, number of rows) for blocks begin … end - 1 in chunks of like size: each reads all panels anew, for few
+// rows at the speed of memory.
+template <class Body>
+void chunks_of(int64_t begin, int64_t end, int64_t rows, const Body& body) {
+  const int64_t num_chunks = blocks((end - begin) * ROWS, CHUNK);
+  for (int64_t c = 0; c < num_chunks; ++c) {
+    const int64_t row = (begin + (end - begin) * c / num_chunks) * ROWS;
+    const int64_t stop = (begin + (end - begin) * (c + 1) / num_chunks) * ROWS;
+    body(row, static_cast<int>((stop < rows ? stop : rows) - row));
+  }
+}
+
 // body(first row, number of rows) for chunks of rows, each thread its share.
 template <class Body>
 void for_chunks(int64_t rows, const Body& body) {
-  parallel(blocks(rows, ROWS), 1, [&](int64_t begin, int64_t end) {
-    int64_t stop = end * ROWS < rows ? end * ROWS : rows;
-    for (int64_t row = begin * ROWS; row < stop; row += CHUNK)
-      body(row, static_cast<int>(stop - row < CHUNK ? stop - row : CHUNK));
-  });
+  parallel(blocks(rows, ROWS), 1, [&](int64_t begin, int64_t end) { chunks_of(begin, end, rows, body); });
 }
 
 // A (rows) times panels of `columns` columns, on all threads; the epilogue is called concurrently.
@@ -65,11 +89,9 @@ void multiply(const Rows& a, int64_t rows, const char* panels, int64_t columns, 
     return;
   }
   parallel(num_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = 0; row < rows; row += CHUNK) {
-      int count = static_cast<int>(rows - row < CHUNK ? rows - row : CHUNK);
-      multiply_chunk<Dot>(a.from(row, 0, a.bytes), row, count, panels, columns, begin, end,
-                          epilogue);
-    }
+    chunks_of(0, blocks(rows, ROWS), rows, [&](int64_t row, int count) {
+      multiply_chunk<Dot>(a.from(row, 0, a.bytes), row, count, panels, columns, begin, end, epilogue);
+    });
   });
 }
 

@@ -29,6 +29,10 @@ struct LinearArgs {
   // Where to: y float32 or bf16 (rows, columns), contiguous; or codes for the next product, with a scale a row.
   char* y;
   Type y_type;
+  // Not nullptr: y in pieces of `piece` columns (a divisor of 64, or 64), piece i of row r at
+  // y + places[i] + r / y_tokens * y_outer + r % y_tokens * y_token, all in elements.
+  const int64_t* places;
+  int64_t piece, y_tokens, y_outer, y_token;
   uint8_t* codes;  // nullptr: y is written
   float* codes_scale;
 };

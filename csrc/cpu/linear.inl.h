@@ -57,13 +57,13 @@ struct Finish {
   // `num_rows` rows of `n` columns. Pointers are to the first row.
   template <bool GELU, bool KEEP, bool ADD>
   static void strip(const Sum* sums, int64_t stride, int num_rows, int n, const Column& c, const float* scale, Out* to,
-                    Out* pre, const Out* residual, int64_t columns, int64_t residual_stride) {
+                    int64_t to_stride, Out* pre, const Out* residual, int64_t columns, int64_t residual_stride) {
     for (int r = 0; r < num_rows; ++r) {
       vf v = number(sums + r * stride, c, scale + r);
       if (KEEP) put(pre + r * columns, v, n);
       if (GELU) v = gelu(v);
       if (ADD) v = add(v, part(residual + r * residual_stride, n));
-      put(to + r * columns, v, n);
+      put(to + r * to_stride, v, n);
     }
   }
 
@@ -74,7 +74,12 @@ struct Finish {
   }
 
   void operator()(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride) const {
-    Out* to = y + (row - base) * args.columns + column;
+    write(row, num_rows, column, num_columns, sums, stride, y + (row - base) * args.columns + column, args.columns);
+  }
+
+  // The tile to `to`, its rows `to_stride` apart.
+  void write(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride, Out* to,
+             int64_t to_stride) const {
     Out* pre = args.pre == nullptr ? nullptr : reinterpret_cast<Out*>(args.pre) + row * args.columns + column;
     const Out* residual = args.residual == nullptr
                               ? nullptr
@@ -86,7 +91,8 @@ struct Finish {
       int n = num_columns - c < LANES ? num_columns - c : LANES;
       Column own = this->column(column + c, n);
       auto run = [&](auto strip_of) {
-        strip_of(sums + c, stride, num_rows, n, own, scale, to + c, pre + c, residual + c, columns, residual_stride);
+        strip_of(sums + c, stride, num_rows, n, own, scale, to + c, to_stride, pre + c, residual + c, columns,
+                 residual_stride);
       };
       switch (form) {
         case 0: run(strip<false, false, false>); break;
@@ -99,6 +105,38 @@ struct Finish {
         default: run(strip<true, true, true>); break;
       }
     }
+  }
+};
+
+// The same for y in pieces: a tile is finished where it is small, then copied.
+template <class Sum, class Out>
+struct Spread {
+  Finish<Sum, Out> finish;
+
+  Out* place(int64_t row, int64_t column) const {
+    const LinearArgs& a = finish.args;
+    return finish.y + a.places[column / a.piece] + row / a.y_tokens * a.y_outer + row % a.y_tokens * a.y_token;
+  }
+
+  template <class Body>
+  void pieces(int64_t row, int num_rows, int64_t column, int num_columns, const Body& body) const {
+    const int piece = static_cast<int>(finish.args.piece);
+    for (int c = 0; c < num_columns; c += piece)
+      for (int r = 0; r < num_rows; ++r) body(place(row + r, column + c), r, c);
+  }
+
+  void prefetch(int64_t row, int num_rows, int64_t column, int num_columns) const {
+    pieces(row, num_rows, column, num_columns, [&](Out* to, int, int) {
+      for (size_t at = 0; at < finish.args.piece * sizeof(Out); at += 64)
+        __builtin_prefetch(reinterpret_cast<char*>(to) + at, 1, 3);
+    });
+  }
+
+  void operator()(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride) const {
+    alignas(64) Out tile[ROWS * PANEL];
+    finish.write(row, num_rows, column, num_columns, sums, stride, tile, PANEL);
+    const size_t bytes = static_cast<size_t>(finish.args.piece) * sizeof(Out);
+    pieces(row, num_rows, column, num_columns, [&](Out* to, int r, int c) { memcpy(to, tile + r * PANEL + c, bytes); });
   }
 };
 
@@ -149,6 +187,11 @@ void by_rows(const LinearArgs& args, const Source& source) {
   for_chunks(args.rows, [&](int64_t row, int count) {
     const float* row_scale;
     Rows a = source.rows(row, count, &row_scale);
+    if (args.places != nullptr) {
+      const Spread<typename Dot::Sum, Out> spread{{args, reinterpret_cast<Out*>(args.y), row, row_scale}};
+      multiply_chunk<Dot>(a, row, count, args.panels, args.columns, 0, blocks(args.columns, PANEL), spread);
+      return;
+    }
     if (args.codes == nullptr) {
       Finish<typename Dot::Sum, Out> finish{args, reinterpret_cast<Out*>(args.y) + row * args.columns, row, row_scale};
       multiply_chunk<Dot>(a, row, count, args.panels, args.columns, 0, blocks(args.columns, PANEL), finish);
@@ -166,7 +209,9 @@ template <class Dot, class Out>
 void by_panels(const LinearArgs& args, const Source& source, Out* y) {
   const float* row_scale;
   Rows a = source.rows(0, static_cast<int>(args.rows), &row_scale);
-  multiply<Dot>(a, args.rows, args.panels, args.columns, Finish<typename Dot::Sum, Out>{args, y, 0, row_scale});
+  const Finish<typename Dot::Sum, Out> finish{args, y, 0, row_scale};
+  if (args.places == nullptr) multiply<Dot>(a, args.rows, args.panels, args.columns, finish);
+  else multiply<Dot>(a, args.rows, args.panels, args.columns, Spread<typename Dot::Sum, Out>{finish});
 }
 
 template <class Dot>

@@ -29,7 +29,7 @@ Tensor as_matrix(const Tensor& x, int64_t rows, int64_t columns) {
 }
 
 Tensor make(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype);
+  return allocate(sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
 ScalarType scalar(Type type) {
@@ -139,6 +139,50 @@ Tensor linear_int8(const Tensor& x, const std::optional<Tensor>& x_scale, const 
   return y;
 }
 
+// Where the columns of y, which is out (…, D) without its first `leading` dimensions, lie in it; the leading ones are x's.
+struct Places {
+  std::vector<int64_t> at;
+
+  Places(LinearArgs& args, const Tensor& out, int64_t leading) {
+    const int64_t dims = out.dim(), tokens = out.size(leading - 1);
+    args.piece = out.size(dims - 1);
+    STD_TORCH_CHECK((leading == 1 || leading == 2) && dims > leading && out.stride(dims - 1) == 1 &&
+                        (args.piece == 32 || args.piece == 64) && args.columns % args.piece == 0,
+                    "miss_cpu: the result is (I, N, …, 32 or 64) or (N, …, 32 or 64), its last dimension dense");
+    int64_t count = 1;
+    for (int64_t d = 0; d + 1 < dims; ++d) count *= d < leading ? 1 : out.size(d);
+    STD_TORCH_CHECK(count * args.piece == args.columns && tokens * (leading == 2 ? out.size(0) : 1) == args.rows,
+                    "miss_cpu: the result does not fit the product");
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t rest = i, place = 0;
+      for (int64_t d = dims - 2; d >= leading; rest /= out.size(d--)) place += rest % out.size(d) * out.stride(d);
+      at.push_back(place);
+    }
+    args.places = at.data();
+    args.y_tokens = tokens > 0 ? tokens : 1;
+    args.y_outer = leading == 2 ? out.stride(0) : 0;
+    args.y_token = out.stride(leading - 1);
+    args.y = bytes_to(out);
+    args.y_type = type_of(out);
+  }
+};
+
+// y into out, of any strides but its last.
+void linear_into(const Tensor& x, const Tensor& panels, int64_t columns, const std::optional<Tensor>& bias,
+                 const Tensor& out) {
+  LinearArgs args = common(x, panels, columns, bias);
+  STD_TORCH_CHECK(type_of(panels) == args.x_type && type_of(out) == args.x_type, "miss_cpu::linear_into: one dtype");
+  const Places places(args, out, x.dim() - 1);
+  linear_kernels().forward(args);
+}
+
+void linear_int8_into(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& panels, const Tensor& offset,
+                      const Tensor& scale, const std::optional<Tensor>& bias, const Tensor& out) {
+  LinearArgs args = int8_args(x, x_scale, panels, offset, scale, bias, false);
+  const Places places(args, out, x.dim() - 1);
+  linear_kernels().forward(args);
+}
+
 // The same, written as codes (…, N) and scales (…) for the next product.
 std::tuple<Tensor, Tensor> linear_int8_codes(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& panels,
                                              const Tensor& offset, const Tensor& scale,
@@ -220,6 +264,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
   m.def(
       "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? pre, bool need_x, bool need_weight, bool need_bias)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def("linear_into(Tensor x, Tensor panels, int columns, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def(
+      "linear_int8_into(Tensor x, Tensor? x_scale, Tensor panels, Tensor offset, Tensor scale, Tensor? bias,"
+      " Tensor(a!) out) -> ()");
   m.def("quantise_rows(Tensor x) -> (Tensor, Tensor)");
 }
 
@@ -230,6 +278,8 @@ STABLE_TORCH_LIBRARY_IMPL(miss_cpu, CPU, m) {
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_int8_codes", TORCH_BOX(&linear_int8_codes));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
+  m.impl("linear_into", TORCH_BOX(&linear_into));
+  m.impl("linear_int8_into", TORCH_BOX(&linear_int8_into));
   m.impl("quantise_rows", TORCH_BOX(&quantise_rows));
 }
 

@@ -8,7 +8,7 @@ as padding) count nothing, the others between half and ten times the average.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from miss.models.quantized import linear_modules
 from miss.models.vqa import MissVQA, VQABatch
 
 _FLOOR, _CEILING = 0.5, 10.0
+_ROWS_A_CALL, _ROWS = 16, 256  # of a layer's inputs, kept as they are
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Moments:
 
     inputs: float32 (K, K), the weighted sum of x x^T. mean: (K,), the weighted sum of x. weight: the sum of weights.
     outputs: (N,), the sum of the squared gradient at each output. tokens: how many counted.
+    rows: some of the inputs themselves, (n, K) each: what int8 activations cost depends on their largest numbers.
     """
 
     inputs: Tensor
@@ -35,6 +37,7 @@ class Moments:
     outputs: Tensor
     weight: float = 0.0
     tokens: int = 0
+    rows: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def empty(cls, layer: Linear) -> "Moments":
@@ -55,6 +58,18 @@ class Moments:
         self.outputs += squared.sum(0)
         self.weight += float(weight.sum())
         self.tokens += len(x)
+        if sum(map(len, self.rows)) < _ROWS:
+            self.rows.append(x[:: -(-len(x) // _ROWS_A_CALL)].clone())
+
+    @property
+    def sample(self) -> Tensor:
+        """(n, K): inputs from all calls alike; empty where none counted."""
+        return torch.cat(self.rows) if self.rows else self.mean.new_zeros(0, len(self.mean))
+
+    def scaled(self, scale: Tensor) -> "Moments":
+        """The moments of inputs divided by `scale` (K,)."""
+        inputs = self.inputs / (scale[:, None] * scale)
+        return replace(self, inputs=inputs, mean=self.mean / scale, rows=[rows / scale for rows in self.rows])
 
     @property
     def hessian(self) -> Tensor:

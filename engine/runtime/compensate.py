@@ -9,9 +9,11 @@ j-th diagonal element of the Cholesky factor of H^-1, is taken out of all later 
 import torch
 from torch import Tensor
 
-from miss.kernels.quant_linear import PackedWeight, pack_codes, pack_int4
+from miss.kernels.quant_linear import PackedWeight, pack_codes, pack_int4, pack_int8
 
 DAMPING = 0.01  # of the mean diagonal, added to it: moments from few tokens are not trusted further
+DAMPING_INT8 = 0.05  # less is to be gained there: on a text tower's 500 rows, 0.01 and 1.0 were both worse
+_BLOCK = 64  # int8 columns whose errors are taken out of the rest of the matrix in one product
 
 
 def pack_int4_compensated(weight: Tensor, hessian: Tensor, group: int, symmetric: bool = True) -> PackedWeight:
@@ -47,13 +49,31 @@ def pack_int4_compensated(weight: Tensor, hessian: Tensor, group: int, symmetric
     return pack_codes(codes.T, torch.stack(scales, 1), zero_points, group)
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
+def pack_int8_compensated(weight: Tensor, hessian: Tensor, dynamic: bool = False) -> PackedWeight:
+    """`pack_int8`, its scales kept, with codes that minimise the error of the layer's outputs; arguments as above."""
+    fitted = pack_int8(weight, dynamic)
+    w = weight.detach().float().T.contiguous()
+    factor = inverse_factor(hessian, DAMPING_INT8)
+    codes = torch.empty_like(w)
+    for start in range(0, len(w), _BLOCK):
+        end = min(start + _BLOCK, len(w))
+        block = w[start:end]
+        errors = torch.empty_like(block)
+        for j in range(end - start):
+            column = start + j
+            torch.round(block[j] / fitted.scale, out=codes[column]).clamp_(-127, 127)
+            errors[j] = (block[j] - codes[column] * fitted.scale) / factor[column, column]
+            block[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return fitted._replace(data=codes.T.to(torch.int8).contiguous())
+
+
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor of (H + damping)^-1, with more damping where H is not positive definite enough."""
     h = hessian.double()
     dead = h.diagonal() <= 0
     h = h + torch.diag(dead.double())
     mean = h.diagonal().mean()
-    damping = DAMPING
     while True:
         lower, info = torch.linalg.cholesky_ex(h + damping * mean * torch.eye(len(h), dtype=h.dtype))
         if info == 0:

@@ -61,6 +61,11 @@ class Engine:
         self.counters = Counters()
         self._step_lock = threading.Lock()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the form in which the checkpoint runs."""
+        return () if self.report is None else self.report.notes
+
     @classmethod
     def load(
         cls,
@@ -73,7 +78,8 @@ class Engine:
 
         Args:
             path_or_name: a folder, or the name of a checkpoint that ships with the project.
-            precision: fp32, bf16, fp16 or int8; auto is fp32 on CPU and bf16 on CUDA.
+            precision: fp32, bf16, fp16, int8, or what a packed checkpoint carries; auto is fp32 on CPU (a packed form
+                only where its report says that it passed the agreement gate; `notes` says so) and bf16 on CUDA.
             device: cpu, cuda, cuda:1 …
             config: how much to take on at once.
 

@@ -4,13 +4,17 @@ Knows a model's tensors, byte budgets and (where it is handed batches) what the 
 packed bytes lie, data sets or flags.
 
 Schemes
-  int8         every matrix to int8 by rows; the rest stays float32
-  int4         linear layers to int4 in groups of 64, tables to int8 by rows; the rest to float16
+  int8         every matrix to int8 by rows, multiplied with int8 activations; outlier channels scaled where something
+               before takes it up, layers whose activations lose too much kept in bf16 (of the decoder: int8 weights
+               alone); the rest stays float32
+  int8-weight  int8 by rows, the activations as they are
+  int4-weight  linear layers to int4 in groups of 64, tables to int8 by rows; the rest stays float32
+  nf4, llm-int8   bitsandbytes' forms of the linear layers; tables to int8 by rows; the rest stays float32
+  int4         as int4-weight, with the rest in float16
   small-mixed  as int4, but each linear layer gets the form that saves the most error for its bytes until the budget is
                spent: int4 in groups of 128, 64 or 32, or int8
 """
 
-import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,8 +23,9 @@ import torch
 from torch import Tensor
 
 from miss.engine.runtime.calibration import Moments, collect
-from miss.engine.runtime.compensate import output_error, pack_int4_compensated
-from miss.kernels.quant_linear import PackedWeight, pack_int4, pack_int8, unpack
+from miss.engine.runtime.forms import FORMS, QuantizeError, form_bytes, pack, with_int8_activations, within_budget
+from miss.engine.runtime.smoothing import rounding_errors, smooth
+from miss.kernels.quant_linear import PackedWeight, pack_int8, unpack
 from miss.models.config import MissConfig
 from miss.models.fitting import POSITIONS
 from miss.models.quantized import Quantization, linear_modules, pack_tensors
@@ -28,17 +33,14 @@ from miss.models.tensor_file import digest
 from miss.models.vqa import MissVQA, VQABatch
 from miss.models.weights import saved_state
 
-Scheme = Literal["int8", "int4", "small-mixed"]
-SCHEMES = ("int8", "int4", "small-mixed")
-FORMS = ("int4-128", "int4-64", "int4-32", "int8")  # from the smallest to the most exact
+Scheme = Literal["int8", "int8-weight", "int4-weight", "nf4", "llm-int8", "int4", "small-mixed"]
+SCHEMES = ("int8", "int8-weight", "int4-weight", "nf4", "llm-int8", "int4", "small-mixed")
+_FORM = {"int8-weight": "int8", "int4-weight": "int4-64", "int4": "int4-64", "nf4": "nf4", "llm-int8": "llm-int8"}
+_HALF = ("int4", "small-mixed")  # schemes whose small tensors are float16
 TOWERS = ("vision.", "encoder.", "decoder.")  # in the order in which they run
 WORDS = "embeddings.word.weight"
+__all__ = ["FORMS", "SCHEMES", "Options", "Packed", "QuantizeError", "agreement", "encoded", "form_bytes", "quantize"]
 _HALF_LARGEST = 65504.0
-_SAMPLED_ROWS = 48  # of a matrix, that its forms are compared on
-
-
-class QuantizeError(ValueError):
-    """A checkpoint that cannot be packed as asked."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,16 @@ class Options:
     budget:        bytes of tensors in the file (small-mixed)
     max_positions: rows of the text position tables that are kept; None keeps all
     compensate:    with batches, rounding errors are made good within each layer (GPTQ) and in its bias
+    smooth:        with batches, outlier channels are scaled (int8)
+    float_share:   of all products, that may keep their activations as they are (int8)
     """
 
     scheme: Scheme = "small-mixed"
     budget: int | None = None
     max_positions: int | None = None
     compensate: bool = True
+    smooth: bool = True
+    float_share: float = 0.05
 
 
 @dataclass
@@ -84,42 +90,106 @@ def quantize(
 
     Raises:
         QuantizeError: the budget is too small for any form, or a tensor cannot be packed.
+        ImportError: bitsandbytes, which the scheme needs, is not installed.
     """
-    config, original = shortened(model.config, saved_state(model), options)
     parent = digest(saved_state(model))
+    config, original = shortened(model.config, saved_state(model), options)
     moments = _moments(model, batches) if batches else {}
-    names = list(linear_modules(model))
-    tables = {name: _table(value) for name, value in original.items() if _is_table(name, options.scheme)}
-    rest = {name: _plain(v, options.scheme) for name, v in original.items() if name not in tables and name not in names}
-    fixed = sum(t.nbytes for t in rest.values()) + sum(p.nbytes for p in tables.values())
-    forms = _choose(original, names, moments, options, fixed)
-    packed = dict(tables)
-    for name, table in tables.items():
-        _install(model, name, table)
-    seen = batches
-    for tower in TOWERS:
-        stage = [name for name in names if name.startswith(tower)]
-        fresh = moments
-        if batches and options.compensate and tower != TOWERS[0]:
-            # A later tower is calibrated on what the packed earlier ones give it.
-            seen = encoded(model, seen)
-            fresh = _moments(model, seen, stage)
-        for name in stage:
-            packed[name] = _pack(original[name], forms[name], fresh.get(name), options)
-            bias = name.removesuffix("weight") + "bias"
-            if name in fresh and bias in rest and options.compensate:
-                rest[bias] = _plain(
-                    corrected_bias(original[bias], original[name], packed[name], fresh[name]), options.scheme
-                )
-                model.get_parameter(bias).data.copy_(rest[bias])
-            _install(model, name, packed[name])
-            progress(name)
-    tensors = pack_tensors({name: rest.get(name, value) for name, value in original.items()}, packed)
-    shapes = {name: list(original[name].shape) for name in packed if original[name].dim() != 2}
-    report = {"forms": _count(forms), "calibration_rows": sum(len(b.question_ids) for b in batches)}
-    return Packed(
-        config, tensors, Quantization(scheme=options.scheme, shapes=shapes, parent=parent, report=report), forms
-    )
+    alphas = smooth(model, original, moments) if options.scheme == "int8" and options.smooth else {}
+    work = _Work(model, options, original, list(linear_modules(model)), moments)
+    forms = work.choose(batches)
+    layers = work.pack(forms, batches, progress)
+    for name, alpha in alphas.items():
+        layers[name]["alpha"] = alpha
+    report = {
+        "forms": _count(forms),
+        "calibration_rows": sum(len(b.question_ids) for b in batches),
+        "bytes_before": sum(4 * value.numel() for value in original.values()),
+        "layers": layers,
+    }
+    shapes = {name: list(original[name].shape) for name in work.packed if original[name].dim() != 2}
+    kept = [name for name, form in forms.items() if form == "bf16"]
+    quantization = Quantization(scheme=options.scheme, shapes=shapes, parent=parent, report=report, kept=kept)
+    tensors = pack_tensors({name: work.rest.get(name, value) for name, value in original.items()}, work.packed)
+    return Packed(config, tensors, quantization, forms)
+
+
+class _Work:
+    """A packing under way. rest: what is not packed, as it is written; packed: what is."""
+
+    def __init__(
+        self,
+        model: MissVQA,
+        options: Options,
+        original: dict[str, Tensor],
+        names: list[str],
+        moments: dict[str, Moments],
+    ) -> None:
+        self.model, self.options, self.original, self.names, self.moments = model, options, original, names, moments
+        scheme = options.scheme
+        self.packed = {name: _table(value) for name, value in original.items() if _is_table(name, scheme)}
+        self.rest = {n: _plain(v, scheme) for n, v in original.items() if n not in self.packed and n not in names}
+
+    def choose(self, batches: Sequence[VQABatch]) -> dict[str, str]:
+        """The form of every linear layer."""
+        options, weights = self.options, {name: self.original[name] for name in self.names}
+        if options.scheme == "small-mixed":
+            fixed = sum(t.nbytes for t in self.rest.values()) + sum(p.nbytes for p in self.packed.values())
+            return within_budget(weights, self.names, self.moments, options.budget, fixed)
+        if options.scheme == "int8":
+            images = sum(len(batch.image_index.unique()) for batch in batches)
+            rows = sum(len(batch.question_ids) for batch in batches)
+            return with_int8_activations(weights, self.moments, images, rows, options.float_share)
+        return dict.fromkeys(self.names, _FORM[options.scheme])
+
+    def pack(
+        self, forms: Mapping[str, str], batches: Sequence[VQABatch], progress: Callable[[str], object]
+    ) -> dict[str, dict[str, Any]]:
+        """Packs tower by tower, each calibrated on what the packed earlier ones give it -> what each layer lost."""
+        for name, table in self.packed.items():
+            _install(self.model, name, unpack(table))
+        seen, layers = batches, {}
+        for tower in TOWERS:
+            stage = [name for name in self.names if name.startswith(tower)]
+            fresh = self.moments
+            if batches and self.options.compensate and tower != TOWERS[0]:
+                seen = encoded(self.model, seen)
+                fresh = _moments(self.model, seen, stage)
+            for name in stage:
+                layers[name] = self._layer(name, forms[name], fresh.get(name))
+                progress(name)
+        return layers
+
+    def _layer(self, name: str, form: str, moments: Moments | None) -> dict[str, Any]:
+        """Packs a layer, or keeps it -> its form and the relative error of its outputs (of its weights, where nothing
+        is known of its inputs)."""
+        weight = self.original[name]
+        if form == "bf16":
+            self.rest[name] = weight.bfloat16()
+            _install(self.model, name, self.rest[name])
+            return {"form": form, "error": _rounded(_weight_error(weight, self.rest[name].float()))}
+        packed = pack(weight, form, moments, self.options.compensate)
+        if moments is not None and moments.tokens:
+            error, size = rounding_errors(weight.flatten(1), moments.sample, packed, packed.dynamic)
+            found = float((error.sum() / size.sum().clamp_min(1e-30)).sqrt())
+        else:
+            found = _weight_error(weight.flatten(1), unpack(packed))
+        bias = name.removesuffix("weight") + "bias"
+        if moments is not None and bias in self.rest and self.options.compensate:
+            new = corrected_bias(self.original[bias], weight, packed, moments)
+            self.rest[bias] = _plain(new, self.options.scheme)
+            self.model.get_parameter(bias).data.copy_(self.rest[bias])
+        self.packed[name] = packed
+        _install(self.model, name, unpack(packed))
+        return {"form": form, "error": _rounded(found)}
+
+
+def _weight_error(weight: Tensor, rounded: Tensor) -> float:
+    return float((rounded - weight).norm() / weight.norm().clamp_min(1e-30))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def shortened(config: MissConfig, tensors: dict[str, Tensor], options: Options) -> tuple[MissConfig, dict[str, Tensor]]:
@@ -165,6 +235,33 @@ def agreement(parent: MissVQA, child: MissVQA, batches: Sequence[VQABatch]) -> d
     return {"rows": rows, "same_tokens": same / rows, "parent_loss": losses[0] / rows, "loss": losses[1] / rows}
 
 
+def gap_where_they_part(
+    model: MissVQA, pixels: Tensor, question: list[int], mine: list[int], other: list[int]
+) -> float:
+    """What the model's log-probability of `mine` lies above that of `other` at the first token in which they differ.
+
+    Args:
+        pixels: uint8 (S, S, 3). question: token ids. mine, other: generated token ids, not the same.
+    """
+    shared = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other)))
+    start = [model.config.tokens.dec, *mine[:shared]]
+    if shared == min(len(mine), len(other)):  # one goes on where the other ran out of tokens
+        return 0.0
+    answers = torch.tensor([[*start, mine[shared]], [*start, other[shared]]])
+    batch = VQABatch(
+        pixels[None],
+        None,
+        torch.tensor([question, question]),
+        torch.full((2,), len(question), dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        answers,
+        torch.full((2,), answers.shape[1], dtype=torch.int32),
+    )
+    with torch.inference_mode():
+        losses = model(batch).loss_per_row
+    return float(losses[1] - losses[0])
+
+
 def _most_likely(model: MissVQA, batch: VQABatch) -> Tensor:
     """The most likely next token at every place of the answers: int64 (R, A - 1)."""
     tokens = batch.image_tokens
@@ -199,109 +296,11 @@ def encoded(model: MissVQA, batches: Sequence[VQABatch]) -> list[VQABatch]:
     return result
 
 
-@dataclass
-class _Layer:
-    """A linear layer's forms from the smallest to the most exact, with the bytes and the error of each."""
-
-    name: str
-    forms: list[str]
-    sizes: list[int]
-    errors: list[float]
-    level: int = 0
-
-    def offer(self) -> "tuple[float, int] | None":
-        """The finer form that saves the most error for a byte more: (error a byte, level)."""
-        here = self.level
-        offers = [
-            ((self.errors[here] - self.errors[k]) / (self.sizes[k] - self.sizes[here]), k)
-            for k in range(here + 1, len(self.forms))
-        ]
-        return max(offers, default=None)
-
-
-def _choose(
-    tensors: Mapping[str, Tensor], names: Sequence[str], moments: Mapping[str, Moments], options: Options, fixed: int
-) -> dict[str, str]:
-    """The form of every linear layer."""
-    if options.scheme != "small-mixed":
-        return dict.fromkeys(names, "int8" if options.scheme == "int8" else "int4-64")
-    layers = [_layer(name, tensors[name], moments.get(name)) for name in names]
-    smallest = fixed + sum(layer.sizes[0] for layer in layers)
-    if options.budget is not None and smallest > options.budget:
-        raise QuantizeError(f"budget: got {options.budget:,} bytes for tensors; wanted at least {smallest:,}")
-    left = float("inf") if options.budget is None else options.budget - smallest
-    # Best offer first; the number breaks ties, so that layers are never compared.
-    heap = [(-offer[0], i, offer[1]) for i, layer in enumerate(layers) if (offer := layer.offer())]
-    heapq.heapify(heap)
-    while heap:
-        rank, i, level = heapq.heappop(heap)
-        layer = layers[i]
-        cost = layer.sizes[level] - layer.sizes[layer.level]
-        if cost <= left:
-            left -= cost
-            layer.level = level
-            if offer := layer.offer():
-                heapq.heappush(heap, (-offer[0], i, offer[1]))
-        elif level - 1 > layer.level:
-            heapq.heappush(heap, (rank, i, level - 1))
-    return {layer.name: layer.forms[layer.level] for layer in layers}
-
-
-def _layer(name: str, weight: Tensor, moments: Moments | None) -> _Layer:
-    forms = [form for form, size in _useful(weight)]
-    sizes = [size for form, size in _useful(weight)]
-    return _Layer(name, forms, sizes, [_error(weight, form, moments) for form in forms])
-
-
-def _useful(weight: Tensor) -> list[tuple[str, int]]:
-    """The forms that no more exact one undercuts, with their bytes: a narrow matrix fills no wide group."""
-    kept: list[tuple[str, int]] = []
-    for form in reversed(FORMS):
-        size = form_bytes(weight, form)
-        if not kept or size < kept[-1][1]:
-            kept.append((form, size))
-    return kept[::-1]
-
-
-def form_bytes(weight: Tensor, form: str) -> int:
-    """Bytes of a packed matrix."""
-    rows, columns = weight.shape[0], weight[0].numel()
-    if form == "int8":
-        return rows * columns + 4 * rows
-    group = int(form.removeprefix("int4-"))
-    num_groups = -(-columns // group)
-    return rows * num_groups * (group // 2 + 2)
-
-
-def _error(weight: Tensor, form: str, moments: Moments | None) -> float:
-    """What a form costs: the loss's rise to second order where that is known, else the relative squared error."""
-    matrix = weight.flatten(1).float()
-    rows = torch.linspace(0, len(matrix) - 1, min(_SAMPLED_ROWS, len(matrix))).long()  # all would take minutes
-    sample = matrix[rows]
-    packed = unpack(_pack(sample, form, moments, Options(compensate=False)))
-    if moments is None or moments.tokens == 0:
-        return float((packed - sample).square().sum() / sample.square().sum().clamp_min(1e-30)) * matrix.numel()
-    error = output_error(sample, packed, moments.hessian, moments.outputs[rows])
-    return error * len(matrix) / len(rows)
-
-
-def _pack(weight: Tensor, form: str, moments: Moments | None, options: Options) -> PackedWeight:
-    matrix = weight.flatten(1)
-    if form == "int8":
-        return pack_int8(matrix)
-    group = int(form.removeprefix("int4-"))
-    if moments is None or moments.tokens == 0:
-        return pack_int4(matrix, group)
-    if options.compensate:
-        return pack_int4_compensated(matrix, moments.hessian, group)
-    return pack_int4(matrix, group, importance=moments.hessian.diagonal())
-
-
 def _is_table(name: str, scheme: str) -> bool:
-    """Word tables, the patch projection and the image positions: packed by rows, to int8, under every scheme."""
+    """Word tables and the patch projection: packed by rows, to int8. The image positions, too, where bytes count."""
     if name.endswith(WORDS) or name == "vision.patch_embed.weight":
         return True
-    return name == POSITIONS and scheme != "int8"
+    return name == POSITIONS and scheme in _HALF
 
 
 def _table(value: Tensor) -> PackedWeight:
@@ -310,15 +309,16 @@ def _table(value: Tensor) -> PackedWeight:
 
 
 def _plain(value: Tensor, scheme: str) -> Tensor:
-    """Norms, biases and small tables: float16 where it holds them, float32 under int8 and where it does not."""
+    """Norms, biases and small tables: float16 where it holds them, float32 elsewhere and where it does not."""
     fits = value.abs().max() <= _HALF_LARGEST if value.numel() else True
-    return value.half() if scheme != "int8" and fits else value.float()
+    return value.half() if scheme in _HALF and fits else value.float()
 
 
-def _install(model: MissVQA, name: str, packed: PackedWeight) -> None:
+def _install(model: MissVQA, name: str, value: Tensor) -> None:
     weight = model.get_parameter(name).data
-    weight.copy_(unpack(packed).reshape(weight.shape))
+    weight.copy_(value.reshape(weight.shape))
 
 
 def _count(forms: Mapping[str, str]) -> dict[str, int]:
-    return {form: sum(f == form for f in forms.values()) for form in FORMS if form in forms.values()}
+    found = list(forms.values())
+    return {form: found.count(form) for form in (*FORMS, "w8a8", "nf4", "llm-int8", "bf16") if form in found}

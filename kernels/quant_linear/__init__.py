@@ -1,5 +1,6 @@
 """Products with packed int8 and int4 weights, and the one description of how they are packed."""
 
+from miss.kernels.quant_linear.into import quant_linear_into
 from miss.kernels.quant_linear.op import prepare, quant_embedding, quant_linear
 from miss.kernels.quant_linear.packing import (
     PackedWeight,
@@ -10,6 +11,8 @@ from miss.kernels.quant_linear.packing import (
     pack_codes,
     pack_int4,
     pack_int8,
+    pack_llm_int8,
+    pack_nf4,
     packed_names,
     to_flat,
     unpack,
@@ -25,10 +28,13 @@ __all__ = [
     "pack_codes",
     "pack_int4",
     "pack_int8",
+    "pack_llm_int8",
+    "pack_nf4",
     "packed_names",
     "quant_embedding",
     "prepare",
     "quant_linear",
+    "quant_linear_into",
     "quant_linear_rows",
     "quant_linear_rows_quantised",
     "quantise_rows",

@@ -42,6 +42,13 @@ def dynamic(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels:
     return _ops.linear_int8(x.contiguous(), None, panels, offset, scale, bias, False, None, x.dtype)
 
 
+def into(
+    x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels: Tensor, offset: Tensor, out: Tensor
+) -> None:
+    bias = None if bias is None else _bias(bias, x.dtype)
+    _ops.linear_int8_into(x.contiguous(), None, panels, offset, scale, bias, out)
+
+
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return _ops.quantise_rows(x.contiguous())
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from miss.kernels import extension
 from miss.kernels.quant_linear import reference, torch_impl
-from miss.kernels.quant_linear.packing import PackedWeight
+from miss.kernels.quant_linear.library import library_linear
+from miss.kernels.quant_linear.packing import LIBRARY, PackedWeight
 from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
@@ -181,6 +182,8 @@ def quant_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
             f"a packed weight of {packed.shape} wants x (…, {columns}) and bias ({num_outputs},)"
         )
     x, bias = autocast_to(x, bias)
+    if packed.scheme in LIBRARY:
+        return library_linear(x, packed, bias)
     panels, offset = packed.prepared or (None, None)
     if not packed.dynamic:
         args = (x, packed.data, packed.scale, packed.zero, bias, columns, packed.group, panels, offset)
@@ -192,7 +195,7 @@ def quant_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
 
 def prepare(packed: PackedWeight) -> PackedWeight:
     """`packed` with what the kernels for this CPU read in its place; unchanged where there are none."""
-    if packed.data.device.type != "cpu" or extension.missing() is not None:
+    if packed.scheme in LIBRARY or packed.data.device.type != "cpu" or extension.missing() is not None:
         return packed
     return lazy("quant_linear.cpu_impl", "prepared")(packed)
 

@@ -11,6 +11,14 @@ int4   w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]     g = k // group; cod
        j + group / 2 (high nibble), so that unpacking yields runs, not single columns. Columns that the last group has
        beyond K hold the code of zero and are never read.
 
+nf4    w[n, k] = NF4[code[n, k]] * scale[b]; b = (n * K + k) // 64: blocks run on over the ends of rows
+       data uint8 (ceil(N * K / 2),): byte j holds the codes of the elements 2 j (high nibble) and 2 j + 1 (low);
+       scale float32 (ceil(N * K / 64),)
+llm-int8   as int8; columns of x with a number of at least OUTLIER in any row are multiplied unrounded
+
+nf4 and llm-int8 are bitsandbytes' forms (arXiv 2305.14314, 2208.07339), bit for bit, so that it can multiply with them;
+reading and unpacking them does not need it.
+
 int4's products are exact in float32 (4 + 11 bits), so that every implementation dequantises to the same numbers.
 """
 
@@ -20,10 +28,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from miss.kernels.quant_linear import int4_fit
+from miss.kernels.registry import lazy
+
 GROUPS = (32, 64, 128)
 _VERSION = 1
-# Fractions of the full range that the scale search tries: outliers are often better cut than kept.
-_FRACTIONS = tuple(1.15 - 0.025 * i for i in range(28))
+_CODES = {"int8": 8, "int4": 4, "llm-int8": 108, "nf4": 104}  # how `layout` calls the schemes
+LIBRARY = ("nf4", "llm-int8")  # bitsandbytes' schemes
+OUTLIER = 6.0
+NF4_BLOCK = 64
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 class PackingError(ValueError):
@@ -131,17 +149,43 @@ def pack_int4(
         raise PackingError(f"weights up to {w.abs().max():.3g}: their int4 scales do not fit float16")
     counted = torch.ones(w.shape[1], device=w.device) if importance is None else importance.float().to(w.device)
     groups, cost = _grouped(w, group), _grouped(counted[None], group)
-    best = _range_fit(groups, cost, symmetric)
+    best = int4_fit.range_fit(groups, cost, symmetric)
     if search:
-        for fraction in _FRACTIONS:
-            for candidate in _candidates(groups, cost, symmetric, fraction):
-                best = _better(best, candidate)
+        for fraction in int4_fit.FRACTIONS:
+            for candidate in int4_fit.candidates(groups, cost, symmetric, fraction):
+                best = int4_fit.better(best, candidate)
         for _ in range(2):
-            best = _better(best, _least_squares(groups, cost, best))
+            best = int4_fit.better(best, int4_fit.least_squares(groups, cost, best))
     return PackedWeight(
         _to_nibbles(best.codes), best.scale.half(), None if symmetric else best.zero.to(torch.uint8),
         "int4", group, _shape(w),
     )  # fmt: skip
+
+
+def pack_nf4(weight: Tensor) -> PackedWeight:
+    """A float matrix (N, K) with an even number of elements a row as nf4.
+
+    Raises:
+        PackingError: the weight is not a finite float matrix, or has an odd number of columns.
+        ImportError: bitsandbytes, which packs it, is not installed.
+    """
+    w = _checked(weight)
+    if w.shape[1] % 2:
+        raise PackingError(f"nf4: {w.shape[1]} columns; wanted an even number")
+    return _by_library("pack_nf4", w)
+
+
+def pack_llm_int8(weight: Tensor) -> PackedWeight:
+    """A float matrix (N, K) as LLM.int8's rows; errors as `pack_nf4`."""
+    w = _checked(weight)
+    if w.numel() and w.abs().max() > 65504:
+        raise PackingError(f"llm-int8: weights up to {w.abs().max():.3g} do not fit float16")
+    return _by_library("pack_llm_int8", w)
+
+
+def _by_library(function: str, weight: Tensor) -> PackedWeight:
+    packed: PackedWeight = lazy("quant_linear.bitsandbytes_impl", function)(weight)
+    return packed
 
 
 def pack_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> PackedWeight:
@@ -169,6 +213,8 @@ def pack_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) ->
 
 def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The (N, K) matrix that the packed one stands for, computed in float32 (float64 in float64), in `dtype`."""
+    if packed.scheme == "nf4":
+        return dequantise_nf4(packed.data, packed.scale, packed.shape, dtype)
     return dequantise(packed.data, packed.scale, packed.zero, packed.shape[1], packed.group, dtype)
 
 
@@ -187,6 +233,14 @@ def dequantise(
     return w[..., :columns].to(dtype)
 
 
+def dequantise_nf4(data: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The (N, K) matrix of nf4 codes and block scales."""
+    table = torch.tensor(NF4, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=data.device)
+    codes = torch.stack([data >> 4, data & 15], 1).flatten()[: shape[0] * shape[1]]
+    scales = scale.to(table.dtype).repeat_interleave(NF4_BLOCK)[: len(codes)]
+    return (table[codes.long()] * scales).view(shape).to(dtype)
+
+
 def from_nibbles(data: Tensor, group: int) -> Tensor:
     """Codes uint8 (…, G, group) of bytes (…, G * group / 2)."""
     pairs = data.unflatten(-1, (data.shape[-1] * 2 // group, group // 2))
@@ -195,8 +249,7 @@ def from_nibbles(data: Tensor, group: int) -> Tensor:
 
 def to_flat(packed: PackedWeight, prefix: str) -> dict[str, Tensor]:
     """The packed weight as `{prefix}.data`, `.scale`, `.zero` (where there is one) and `.layout`, for safetensors."""
-    bits = 8 if packed.scheme == "int8" else 4
-    layout = [_VERSION, bits, packed.group, *packed.shape, int(packed.dynamic)]
+    layout = [_VERSION, _CODES[packed.scheme], packed.group, *packed.shape, int(packed.dynamic)]
     flat = {"data": packed.data, "scale": packed.scale, "layout": torch.tensor(layout, dtype=torch.int64)}
     if packed.zero is not None:
         flat["zero"] = packed.zero
@@ -218,12 +271,12 @@ def from_flat(tensors: Mapping[str, Tensor], prefix: str) -> PackedWeight:
         raise PackingError(
             f"packed weight {prefix}: layout {layout.tolist()}; wanted six whole numbers, version {_VERSION} first"
         )
-    _, bits, group, rows, columns, dynamic = (int(v) for v in layout.tolist())
-    if bits not in (4, 8) or (bits == 4 and group not in GROUPS) or (bits == 4 and dynamic):
-        raise PackingError(f"packed weight {prefix}: {bits} bits, group {group}, dynamic {dynamic} is not a scheme")
-    packed = PackedWeight(
-        data, scale, parts["zero"], "int8" if bits == 8 else "int4", group, (rows, columns), bool(dynamic)
-    )
+    _, code, group, rows, columns, dynamic = (int(v) for v in layout.tolist())
+    scheme = next((name for name, known in _CODES.items() if known == code), None)
+    groups = {"int4": GROUPS, "nf4": (NF4_BLOCK,)}
+    if scheme is None or group not in groups.get(scheme, (0,)) or dynamic > (scheme == "int8"):
+        raise PackingError(f"packed weight {prefix}: code {code}, group {group}, dynamic {dynamic} is not a scheme")
+    packed = PackedWeight(data, scale, parts["zero"], scheme, group, (rows, columns), bool(dynamic))
     _check_parts(packed, prefix)
     return packed
 
@@ -233,18 +286,24 @@ def packed_names(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name.removesuffix(".layout") for name in tensors if name.endswith(".layout")]
 
 
-def _check_parts(packed: PackedWeight, prefix: str) -> None:
+def _wanted(packed: PackedWeight) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of every part that the scheme knows."""
     rows, columns = packed.shape
-    num_groups = -(-columns // packed.group) if packed.group else 0
-    wanted = (
-        {"data": (torch.int8, (rows, columns)), "scale": (torch.float32, (rows,))}
-        if packed.scheme == "int8"
-        else {
-            "data": (torch.uint8, (rows, num_groups * packed.group // 2)),
-            "scale": (torch.float16, (rows, num_groups)),
-            "zero": (torch.uint8, (rows, num_groups)),
-        }
-    )
+    if packed.scheme in ("int8", "llm-int8"):
+        return {"data": (torch.int8, (rows, columns)), "scale": (torch.float32, (rows,))}
+    if packed.scheme == "nf4":
+        size = rows * columns
+        return {"data": (torch.uint8, (-(-size // 2),)), "scale": (torch.float32, (-(-size // NF4_BLOCK),))}
+    num_groups = -(-columns // packed.group)
+    return {
+        "data": (torch.uint8, (rows, num_groups * packed.group // 2)),
+        "scale": (torch.float16, (rows, num_groups)),
+        "zero": (torch.uint8, (rows, num_groups)),
+    }
+
+
+def _check_parts(packed: PackedWeight, prefix: str) -> None:
+    wanted = _wanted(packed)
     for name in ("data", "scale", "zero"):
         tensor = getattr(packed, name)
         if tensor is None:
@@ -255,63 +314,6 @@ def _check_parts(packed: PackedWeight, prefix: str) -> None:
         if tensor.dtype != dtype or tensor.shape != shape:
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise PackingError(f"packed weight {prefix}: {prefix}.{name} is {got}; wanted {dtype} {shape}")
-
-
-class _Fit(NamedTuple):
-    """A quantisation of all groups: codes (N, G, group) float, scale and zero (N, G), squared error (N, G)."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    error: Tensor
-
-
-def _fit(groups: Tensor, cost: Tensor, scale: Tensor, zero: Tensor) -> _Fit:
-    """The nearest codes under these scales, as stored in float16."""
-    scale = scale.half().float()
-    scale = torch.where(scale == 0, 1.0, scale)  # an all but empty group: every code is its zero point
-    codes = torch.round(groups / scale[..., None] + zero[..., None]).clamp_(0, 15)
-    error = (codes - zero[..., None]).mul_(scale[..., None]).sub_(groups).square_().mul_(cost).sum(-1)
-    return _Fit(codes, scale, zero, error)
-
-
-def _better(a: _Fit, b: _Fit) -> _Fit:
-    """Group by group the one with the smaller error."""
-    take = b.error < a.error
-    rest = (torch.where(take, y, x) for x, y in zip(a[1:], b[1:], strict=True))
-    return _Fit(torch.where(take[..., None], b.codes, a.codes), *rest)
-
-
-def _range_fit(groups: Tensor, cost: Tensor, symmetric: bool) -> _Fit:
-    """The scale that just covers the group's range."""
-    if symmetric:
-        scale = groups.abs().amax(-1) / 7
-        return _fit(groups, cost, scale, torch.full_like(scale, 8))
-    return _asymmetric(groups, cost, 1.0, 0)
-
-
-def _asymmetric(groups: Tensor, cost: Tensor, fraction: float, shift: int) -> _Fit:
-    low, high = groups.amin(-1).clamp_max(0) * fraction, groups.amax(-1).clamp_min(0) * fraction
-    scale = (high - low) / 15
-    zero = torch.round(-low / torch.where(scale == 0, 1.0, scale)) + shift
-    return _fit(groups, cost, scale, zero.clamp_(0, 15))
-
-
-def _candidates(groups: Tensor, cost: Tensor, symmetric: bool, fraction: float) -> list[_Fit]:
-    if not symmetric:
-        return [_asymmetric(groups, cost, fraction, shift) for shift in (-1, 0, 1)]
-    # The codes reach from -8 to 7: a negative scale gives the longer side to the positive weights.
-    scale = groups.abs().amax(-1) / 8 * fraction
-    zero = torch.full_like(scale, 8)
-    return [_fit(groups, cost, sign * scale, zero) for sign in (1, -1)]
-
-
-def _least_squares(groups: Tensor, cost: Tensor, fit: _Fit) -> _Fit:
-    """The best scale for the codes at hand, and the best codes for that scale."""
-    steps = fit.codes - fit.zero[..., None]
-    power = (steps * steps * cost).sum(-1)
-    scale = (steps * groups * cost).sum(-1) / torch.where(power == 0, 1.0, power)
-    return _fit(groups, cost, scale, fit.zero)
 
 
 def _grouped(w: Tensor, group: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""`miss bench`: times every operation and its peers against this machine's ceilings; compares two such runs.
+"""`miss bench`: times operations and whole answers, and their peers, against this machine's ceilings; compares runs.
 
     miss bench kernels                    all operations at the shapes of base, on CPU
     miss bench kernels --op attention --dtype bfloat16 --shapes small --out runs/bench
+    miss bench answer --preset base --peers headline --out benchmarks/results
     miss bench compare before.jsonl after.jsonl --limit 10
 
 Knows flags, what is printed and which files are written; does not know how anything is measured.
@@ -53,6 +54,78 @@ class CompareArgs:
     """Percent that one may be slower, seen against the ceilings and the peers of its run."""
     json: bool = False
     """Print one JSON object instead of text."""
+
+
+@dataclass
+class AnswerArgs:
+    """Time whole answers of ours and of other engines, warm and in turn, with their errors beside them."""
+
+    preset: Literal["small", "base", "large"] = "base"
+    """small: the checkpoint that ships. base, large: seeded random weights."""
+    image_size: tuple[int, ...] = ()
+    """Pixels a side; several are measured one after another, as with the next three. Default 384; small: its own."""
+    batch: tuple[int, ...] = (1,)
+    """Images at once."""
+    questions_per_image: tuple[int, ...] = (1,)
+    """Questions about each, of 18 tokens."""
+    tokens: tuple[int, ...] = (8,)
+    """Of every answer."""
+    precision: tuple[str, ...] = ("fp32", "bf16", "int8")
+    """Of ours."""
+    peers: tuple[str, ...] = ("headline",)
+    """Names, headline, all or none; what is not installed is said and left out."""
+    rounds: int = 0
+    """In each of which every peer answers once. 0: 15, of 8 images or more 7; quick: 7 and 5."""
+    judged: int | None = None
+    """Questions of SLAKE's validation that the shipped checkpoint answers; 0 none. Default all 1,053; quick: 200."""
+    quick: bool = False
+    """Fewer rounds and questions."""
+    together: int = 6
+    """Peers that are loaded at once, besides ours."""
+    threads: int = 0
+    """0: as PyTorch decides."""
+    data: Path | None = None
+    """Folder of the data sets; default $MISS_DATA, then ../shared/data."""
+    work: Path | None = None
+    """Folder of what peers were converted to; default miss-engine/peers in the user's cache."""
+    out: Path = Path("benchmarks/results")
+    """For answer-<setting>.json, answer.md and plots."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def answer(args: AnswerArgs) -> int:
+    import matplotlib  # noqa: F401  (said before the measuring, not after)
+
+    from miss.benchmarks import answer_models, answer_plots, answer_report, answer_settings, bench_answer
+
+    if min(*args.batch, *args.questions_per_image, *args.tokens, args.together, 1) < 1:
+        raise ValueError("--batch, --questions-per-image, --tokens, --together: wanted at least 1")
+    work = (args.work or answer_models.default_work()).resolve()
+    judged = args.judged if args.judged is not None else 200 if args.quick else 10_000
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    settings = answer_settings.settings(args.preset, args.image_size, args.batch, args.questions_per_image, args.tokens)
+    options = answer_settings.Options(
+        settings,
+        args.peers,
+        args.precision,
+        args.rounds,
+        args.quick,
+        judged,
+        args.together,
+        args.data,
+        work,
+        args.threads,
+    )
+    found = list(bench_answer.run(options, say))
+    answer_report.with_groups(found)
+    everything = answer_report.write(args.out, found)
+    for name, picture in answer_plots.plots(everything).items():
+        (args.out / name).write_bytes(picture)
+    if not args.json:
+        print("\n".join(map(answer_report.table, found)))
+    print(json.dumps(answer_report.summary(found)))
+    return 0
 
 
 def kernels(args: KernelArgs) -> int:
@@ -147,4 +220,4 @@ def _differs(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {a} before, {b} after" for name, (a, b) in pairs.items() if a != b)
 
 
-COMMANDS = {"kernels": (KernelArgs, kernels), "compare": (CompareArgs, compare)}
+COMMANDS = {"kernels": (KernelArgs, kernels), "answer": (AnswerArgs, answer), "compare": (CompareArgs, compare)}

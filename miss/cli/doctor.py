@@ -41,7 +41,7 @@ OPTIONAL = {
     "triton": ("triton", "nothing yet: no implementation here uses it"),
     "flash-attn": ("flash_attn", "nothing yet: no implementation here uses it"),
     "xformers": ("xformers", "nothing yet: no implementation here uses it"),
-    "bitsandbytes": ("bitsandbytes", "nothing yet: no implementation here uses it"),
+    "bitsandbytes": ("bitsandbytes", "`miss quantize --scheme nf4` and `llm-int8`"),
 }
 
 

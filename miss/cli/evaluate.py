@@ -63,7 +63,7 @@ class Args:
     seed: int = 0
     """Of the bootstrap, and of the shuffled images."""
     precision: str = "auto"
-    """auto, fp32, bf16 or fp16."""
+    """auto, fp32, bf16, fp16, int8, or what a packed checkpoint carries (int8-weight, int4-weight, nf4, llm-int8)."""
     device: str = "cpu"
     """cpu or cuda."""
     beams: int | None = None
@@ -176,6 +176,8 @@ def _engine(args: Args) -> "tuple[EngineAnswerer, dict[str, Any]]":
     name = args.checkpoint or DEFAULT_CHECKPOINT
     params = SamplingParams(num_beams=args.beams, max_new_tokens=args.max_new_tokens, num_alternatives=0)
     engine = Engine.load(name, args.precision, args.device)
+    for note in engine.notes:
+        print(f"miss evaluate: {name}: {note}", file=sys.stderr)
     weights = find_checkpoint(name) / "model.safetensors"
     facts = {
         "checkpoint": name,

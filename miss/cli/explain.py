@@ -145,8 +145,8 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
 
     def step() -> tuple[Tensor, ...]:
         decoder = one_layer(s)
-        own, crossed = ((s.cache()[None], s.cache()[None]) for _ in range(2))
-        cache, positions = Cache(*own, *crossed, lengths), s.whole(0, 3, 5, 2)
+        own, read, positions = s.cache()[None], s.cache()[None], s.whole(0, 3, 5, 2)
+        cache = Cache(own, own.clone(), read, read.clone(), lengths)
         tokens = s.whole(1, 2, 3, 4, dtype=torch.int64)
         return decoder_step(decoder, cache, tokens, slots, positions, index, 3, prepare_decoder(decoder))
 
@@ -214,7 +214,7 @@ def one_layer(s: Shapes) -> Decoder:
         *(dense(width, width), dense(width, width), norm()),
         *(dense(4 * width, width), dense(width, 4 * width), norm()),
     )
-    words, places = (s.leaf(rows, width).detach() for rows in (s.config.decoder.vocab_size, 40))
+    words, places = s.leaf(s.config.decoder.vocab_size, width).detach(), s.leaf(40, width).detach()
     head = dense(s.config.decoder.vocab_size, width)
     return Decoder(words, places, norm(), (layer,), dense(width, width), norm(), head, s.heads)
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from miss.cli import run
 from miss.engine.data.processor import build_tokenizer
 from miss.engine.runtime.calibration import Moments, collect
-from miss.engine.runtime.compensate import output_error, pack_int4_compensated
+from miss.engine.runtime.compensate import output_error, pack_int4_compensated, pack_int8_compensated
+from miss.engine.runtime.gate import judged, verdict
+from miss.engine.runtime.loading import load_model
 from miss.engine.runtime.quantize import (
     FORMS,
     Options,
@@ -24,12 +26,17 @@ from miss.engine.runtime.quantize import (
     form_bytes,
     quantize,
 )
+from miss.engine.runtime.smoothing import apply_fold, folds, smooth, w8a8_error
 from miss.kernels.quant_linear import pack_int4, pack_int8, unpack
 from miss.models.config import ConfigError, MissConfig, PreprocessConfig, TextConfig, TokenConfig, VisionConfig
+from miss.models.linear import QuantLinear
+from miss.models.packed_loading import load_packed
 from miss.models.quantized import QuantCrossKV, linear_modules, packed_weights, use_int8, use_packed
+from miss.models.tensor_file import map_tensors, read_tensors
 from miss.models.vqa import MissVQA, VQABatch
 from miss.models.weights import CheckpointError, load_checkpoint, save_checkpoint, saved_state, write_checkpoint
 
+QKV = "vision.blocks.0.attention.qkv.weight"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "this", "a", "lung", "##s", "yes", "no"]
 
 
@@ -248,6 +255,166 @@ class TestPackedModules:
             for dynamic in (False, True):
                 got = use_int8(make_model(), dynamic)(make_batch()).loss_per_row
                 assert (got - want).abs().max() / want.abs().max() < 0.05
+
+
+class TestInt8:
+    """Weights and activations: scaled channels, layers that keep their activations, what a report says."""
+
+    def outliers(self) -> MissVQA:
+        """Channels 40 times as large in front of every product that something can take them up for."""
+        model = make_model()
+        with torch.no_grad():
+            for block in model.vision.blocks:
+                block.norm1.weight[5] *= 40  # type: ignore[union-attr]
+                block.norm2.bias[9] += 30  # type: ignore[union-attr]
+        return model
+
+    def test_scaling_changes_nothing_but_where_the_large_numbers_are(self) -> None:
+        model, same = self.outliers(), self.outliers()
+        moments = collect(model, [make_batch()], lambda name: True)
+        before = w8a8_error(model.vision.blocks[0].attention.qkv.weight, moments[QKV].sample)  # type: ignore[union-attr,arg-type]
+        alphas = smooth(model, saved_state(model), moments)
+        assert {QKV, "vision.blocks.1.mlp.input.weight"} <= alphas.keys()
+        after = w8a8_error(model.vision.blocks[0].attention.qkv.weight, moments[QKV].sample)  # type: ignore[union-attr,arg-type]
+        assert after < 0.5 * before
+        with torch.inference_mode():
+            a, b = (m(make_batch()).loss_per_row for m in (model, same))
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+    def test_every_fold_is_exact(self) -> None:
+        model, same = make_model(), make_model()
+        tensors, found = saved_state(model), list(folds(model))
+        assert len(found) == 2 * 3 + 2 * 2 * 2  # a block's two norms and values; a text layer's two attentions
+        for fold in found:
+            scale = torch.rand(tensors[fold.layer].shape[1], generator=torch.Generator().manual_seed(1)) + 0.5
+            apply_fold(tensors, fold, scale)
+        with torch.inference_mode():
+            a, b = (m(make_batch()).loss_per_row for m in (model, same))
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+    def test_compensated_rows_lower_the_error_of_the_outputs(self) -> None:
+        torch.manual_seed(0)
+        weight, x = torch.randn(24, 64), torch.randn(400, 16) @ torch.randn(16, 64)
+        hessian = x.T @ x / len(x) + 0.05 * torch.eye(64)
+        plain, compensated = pack_int8(weight), pack_int8_compensated(weight, hessian, dynamic=True)
+        assert compensated.dynamic and torch.equal(compensated.scale, plain.scale)
+        assert output_error(weight, unpack(compensated), hessian) < 0.5 * output_error(weight, unpack(plain), hessian)
+
+    def test_a_share_of_the_products_keeps_its_activations(self, tmp_path: Path) -> None:
+        losses = []
+        for share in (0.0, 1.0):
+            packed = quantize(make_model(), Options("int8", float_share=share, compensate=False), (make_batch(),))
+            forms = set(packed.forms.values())
+            assert forms == ({"w8a8"} if share == 0 else {"bf16", "int8"})
+            assert set(packed.quantization.kept) == {n for n, form in packed.forms.items() if form == "bf16"}
+            folder = tmp_path / str(share)
+            write_checkpoint(packed.config, packed.tensors, folder, quantization=packed.quantization.to_dict())
+            model, _, read = load_packed(folder)
+            assert read.kept == packed.quantization.kept
+            with torch.inference_mode():
+                losses.append(model(make_batch()).loss_per_row)
+        with torch.inference_mode():
+            want = make_model()(make_batch()).loss_per_row
+        errors = [(got - want).norm() for got in losses]
+        assert errors[1] < 0.7 * errors[0] < 0.05 * want.norm()
+
+    def test_the_report_names_every_layer(self) -> None:
+        packed = quantize(self.outliers(), Options("int8", float_share=0.0), (make_batch(),))
+        layers = packed.quantization.report["layers"]
+        assert layers.keys() == linear_modules(make_model()).keys()
+        assert all(row["form"] == "w8a8" and 0 < row["error"] < 0.2 for row in layers.values())
+        assert 0 < layers[QKV]["alpha"] < 1
+
+    @pytest.mark.parametrize(
+        ("same", "right", "passed"), [(990, 797, True), (989, 800, False), (1000, 796, False), (990, 900, True)]
+    )
+    def test_the_gate(self, same: int, right: int, passed: bool) -> None:
+        gate = judged(1000, same, 800, right)
+        assert gate["passed"] is passed and verdict({"gate": gate})[0] is passed and bool(gate["why"]) is not passed
+        assert not judged(999, 999, 800, 800)["passed"] and verdict({}) == (False, verdict({})[1])
+
+
+class TestRunsPacked:
+    """Loaded without the original, mapped, under the precision of its scheme alone."""
+
+    @pytest.mark.parametrize("scheme", ["int8", "int8-weight", "int4-weight", "nf4", "llm-int8"])
+    def test_the_packed_model_computes_what_the_unpacked_one_does(self, tmp_path: Path, scheme: str) -> None:
+        if scheme in ("nf4", "llm-int8"):
+            pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        folder = write(tmp_path / "c", Options(scheme), (make_batch(),))  # type: ignore[arg-type]
+        dense, _ = load_checkpoint(folder)
+        packed, report, quantization = load_packed(folder)
+        assert quantization.scheme == scheme and len(report.digest) == 64
+        assert linear_modules(packed).keys() == set(quantization.kept)
+        with torch.inference_mode():
+            a, b = (m.prepare()(make_batch()).loss_per_row for m in (dense, packed))
+        assert (a - b).norm() / a.norm() < (1e-4 if scheme in ("int8-weight", "int4-weight", "nf4") else 0.03)
+
+    def test_packed_bytes_stay_in_the_file(self, tmp_path: Path) -> None:
+        folder = write(tmp_path / "c", Options("int8-weight"))
+        tensors, _ = map_tensors(folder / "model.safetensors")
+        whole = {value.untyped_storage().data_ptr() for value in tensors.values()}
+        assert len(whole) == 1  # views of one mapping
+        read, _ = read_tensors(folder / "model.safetensors")
+        assert all(torch.equal(tensors[name], value) for name, value in read.items()) and tensors.keys() == read.keys()
+        model, _, _ = load_packed(folder, dtype=torch.bfloat16)
+        layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+        mapped = {layer.packed.data.untyped_storage().nbytes() for layer in layers}
+        assert mapped == {(folder / "model.safetensors").stat().st_size}
+        assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+    def test_auto_takes_what_passed_the_gate(self, tmp_path: Path) -> None:
+        for passed in (True, False, None):
+            packed = quantize(make_model(), Options("int8"))
+            report = {} if passed is None else {"gate": judged(1000, 1000 if passed else 900, 800, 800)}
+            quantization = packed.quantization.to_dict() | {"report": report}
+            write_checkpoint(packed.config, packed.tensors, tmp_path / "c", quantization=quantization)
+            model, loaded = load_model(tmp_path / "c", "auto", "cpu")
+            assert bool(linear_modules(model)) is not bool(passed)
+            assert len(loaded.notes) == 1 and (
+                "passed" in loaded.notes[0] if passed else "--precision int8" in loaded.notes[0]
+            )
+            assert not linear_modules(load_model(tmp_path / "c", "int8", "cpu")[0])
+            dense, loaded = load_model(tmp_path / "c", "fp32", "cpu")
+            assert linear_modules(dense) and "unpacked" in loaded.notes[0]
+            with pytest.raises(ValueError, match="carries int8"):
+                load_model(tmp_path / "c", "nf4", "cpu")
+
+    def test_storage_schemes_stay_as_they_were(self, tmp_path: Path) -> None:
+        write(tmp_path / "c", Options("small-mixed"))
+        model, report = load_model(tmp_path / "c", "auto", "cpu")
+        assert linear_modules(model) and report.notes == ()
+        assert not linear_modules(load_model(tmp_path / "c", "int8", "cpu")[0])
+
+    @pytest.mark.parametrize("damage", ["truncated", "header", "byte", "config"])
+    def test_damage(self, tmp_path: Path, damage: str) -> None:
+        folder = write(tmp_path / "c", Options("int8"))
+        path = folder / "model.safetensors"
+        whole = bytearray(path.read_bytes())
+        if damage == "truncated":
+            path.write_bytes(whole[:-1000])
+        elif damage == "config":
+            values = json.loads((folder / "config.json").read_text())
+            values["vision"]["intermediate_size"] = 128
+            (folder / "config.json").write_text(json.dumps(values))
+        else:
+            whole[{"header": 100, "byte": len(whole) - 5000}[damage]] ^= 1
+            path.write_bytes(whole)
+        with pytest.raises(CheckpointError, match="truncated|altered|fit"):
+            load_packed(folder)
+
+    def test_a_layer_that_is_stated_to_be_kept_but_is_packed(self, tmp_path: Path) -> None:
+        folder = write(tmp_path / "c", Options("int8"))
+        values = json.loads((folder / "config.json").read_text())
+        values["quantization"]["kept"] = [QKV]
+        (folder / "config.json").write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=f"stated to be kept: {QKV}"):
+            load_packed(folder)
+
+    def test_a_plain_checkpoint_is_refused(self, tmp_path: Path) -> None:
+        save_checkpoint(make_model(), tmp_path / "c")
+        with pytest.raises(CheckpointError, match="not packed"):
+            load_packed(tmp_path / "c")
 
 
 class TestDamage:

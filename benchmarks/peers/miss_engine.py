@@ -1,0 +1,57 @@
+"""Our own engine through its public face: `Engine.load`, `answer_many`.
+
+Knows the engine's API and the registry's names; does not know how an answer is made. `miss-fp32`, `miss-bf16`,
+`miss-int8`, and `miss-torch-fp32`, `miss-torch-bf16`: the same engine on PyTorch's rows.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from miss.benchmarks.peers.job import TOP, Job, Output
+from miss.engine.runtime.engine import Answer, Engine
+from miss.engine.runtime.sampler import SamplingParams
+from miss.kernels import registry
+
+STAGES = ("image", "question", "decode")
+
+
+def convert(variant: str, checkpoint: Path, work: Path, calibration: list[Path]) -> None:
+    pass  # it reads the checkpoint itself
+
+
+def load(variant: str, checkpoint: Path, work: Path, threads: int, dynamic: bool) -> "MissEngine":
+    precision = variant.removeprefix("torch-")
+    rows: dict[str, str] = {}
+    if variant.startswith("torch-"):
+        registry.load_all()
+        rows = {op.name: "torch" for op in registry.OPS.values()}
+    with registry.use(**rows):
+        return MissEngine(Engine.load(checkpoint, precision=precision), rows)
+
+
+class MissEngine:
+    def __init__(self, engine: Engine, rows: dict[str, str]) -> None:
+        self.engine, self.rows = engine, rows
+
+    def prepare(self, job: Job) -> None:
+        pass
+
+    def run(self, job: Job) -> Output:
+        answers = self._answers(job, SamplingParams(num_beams=1, max_new_tokens=job.num_tokens))
+        seconds = {stage: sum(answer.seconds[stage] for answer in answers) for stage in STAGES}
+        return Output([list(answer.token_ids) for answer in answers], seconds)
+
+    def first(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
+        params = SamplingParams(num_beams=1, max_new_tokens=1, num_alternatives=TOP - 1)
+        found = []
+        for answer in self._answers(job, params):
+            others = [(other.logprob, other.token_ids[0]) for other in answer.alternatives]
+            found.append(sorted([(answer.logprob, answer.token_ids[0]), *others], reverse=True))
+        logprobs, ids = np.moveaxis(np.array(found), -1, 0)
+        return ids.astype(np.int64), logprobs
+
+    def _answers(self, job: Job, params: SamplingParams) -> list[Answer]:
+        pairs = [(job.pixels[i], text) for i, text in zip(job.image_index, job.texts, strict=True)]
+        with registry.use(**self.rows):
+            return list(self.engine.answer_many(pairs, params, batch_size=len(pairs)))

@@ -1,0 +1,162 @@
+"""What a call of an operation costs at least: operations of arithmetic, bytes read and bytes written.
+
+Knows the arguments of every table that answering goes through; does not know who runs it, or how fast.
+
+Counted as in the benchmarks: a multiply-add is two operations, every input is read and every output written once, and
+nothing lies between. A weight that comes in a second layout (`panels`) is read once, as that.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """flops; bytes read and written; `kind`: the arithmetic whose ceiling counts, fp32, bf16, fp16 or int8."""
+
+    flops: float
+    reads: float
+    writes: float
+    kind: str
+
+
+_KINDS = {torch.float64: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NORM, _QUANTISE = 8.0, 3.0  # operations a number, as benchmarks/bench_layer_norm.py counts them
+
+
+def _linear(x: Tensor, weight: Tensor, *_: Any) -> float:
+    return 2.0 * x.numel() * weight.shape[0]
+
+
+def _after_scale(scale: Tensor, x: Tensor, data: Tensor, *_: Any) -> float:
+    return 2.0 * x.numel() * data.shape[0]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, *_: Any) -> float:
+    batch, queries, heads, width = q.shape
+    keys = float(batch * k.shape[1]) if lengths is None else float(lengths.sum())
+    seen = (queries + 1) / 2 / queries if causal and queries == k.shape[1] else 1.0
+    return 4.0 * queries * keys * heads * width * seen
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, causal: bool, *_: Any) -> float:
+    lengths = offsets.diff().double()
+    pairs = float((lengths * ((lengths + 1) / 2 if causal else lengths)).sum())
+    return 4.0 * pairs * q.shape[-2] * q.shape[-1]
+
+
+def _cross(q: Tensor, k: Tensor, v: Tensor, index: Tensor, lengths: Tensor | None, *_: Any) -> float:
+    keys = float(len(q) * k.shape[1]) if lengths is None else float(lengths[index].sum())
+    return 4.0 * q.shape[1] * keys * q.shape[2] * q.shape[3]
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, *_: Any) -> float:
+    return 4.0 * float(lengths.sum()) * q.shape[1] * q.shape[2]
+
+
+def _patch(weight: Tensor, bias: Tensor, pixels: Tensor, *_: Any) -> float:
+    patches = pixels.shape[0] * (pixels.shape[1] // weight.shape[-2]) * (pixels.shape[2] // weight.shape[-1])
+    return 2.0 * patches * weight.numel()
+
+
+def _norm(x: Tensor, *_: Any) -> float:
+    return _NORM * x.numel()
+
+
+def _norm_quantised(x: Tensor, *_: Any) -> float:
+    return (_NORM + _QUANTISE) * x.numel()
+
+
+def _nothing(*_: Any) -> float:
+    return 0.0
+
+
+_FLOPS: dict[str, Callable[..., float]] = {
+    "patch_embed": _patch,
+    "layer_norm": _norm,
+    "add_layer_norm": _norm,
+    "layer_norm_quantised": _norm_quantised,
+    "add_layer_norm_quantised": _norm_quantised,
+    "attention": _attention,
+    "attention_varlen": _varlen,
+    "cross_attention": _cross,
+    "decode_attention": _decode,
+    "linear": _linear,
+    "gelu_mlp": _linear,
+    "quant_linear": _linear,
+    "quant_linear_w8a8": _linear,
+    "quant_linear_rows": _after_scale,
+    "quant_linear_rows_quantised": _after_scale,
+    "quantise_rows": lambda x: _QUANTISE * x.numel(),
+    "quant_embedding": _nothing,
+    "linear_top_k": _linear,
+    "linear_top_k_w8a8": _linear,
+    "kv_append": _nothing,
+    "kv_reorder": _nothing,
+}
+_INT8 = ("quant_linear_w8a8", "quant_linear_rows", "quant_linear_rows_quantised", "linear_top_k_w8a8")
+# Where arguments end that are read once each: what comes after are other layouts of the same weight.
+_READ = {
+    "linear": 4,
+    "gelu_mlp": 3,
+    "quant_linear": 5,
+    "quant_linear_w8a8": 4,
+    "quant_linear_rows": 6,
+    "quant_linear_rows_quantised": 5,
+    "linear_top_k": 3,
+    "linear_top_k_w8a8": 4,
+}
+
+
+def known(op: str) -> bool:
+    """Whether calls of the operation have a cost here."""
+    return op in _FLOPS
+
+
+def cost(op: str, args: tuple[Any, ...], result: Any) -> Cost:
+    """Of one call of the table `op`, with the arguments that its implementations take and what came of it.
+
+    Raises:
+        ValueError: an operation that is not known here.
+    """
+    if op not in _FLOPS:
+        raise ValueError(f"no cost is known of {op}; known: {', '.join(_FLOPS)}")
+    writes = float(sum(t.nbytes for t in _tensors(result)))
+    kind = "int8" if op in _INT8 else "fp32" if "norm" in op else _kind(args)
+    return Cost(_FLOPS[op](*args), *_traffic(op, args, writes), kind)
+
+
+def _traffic(op: str, args: tuple[Any, ...], writes: float) -> tuple[float, float]:
+    """(bytes read, bytes written)."""
+    if op == "decode_attention":
+        q, k, _, slots, lengths = args[:5]
+        deepest = torch.zeros(len(k), dtype=lengths.dtype).scatter_reduce_(0, slots.cpu().long(), lengths.cpu(), "amax")
+        return q.nbytes + 2.0 * float(deepest.sum()) * k.shape[2] * k.shape[3] * k.element_size(), writes
+    if op == "cross_attention":
+        q, k, v, index = args[:4]
+        return q.nbytes + float(len(index.unique())) * (k[0].nbytes + v[0].nbytes) if len(k) else 0.0, writes
+    if op == "kv_append":
+        moved = float(args[2].nbytes + args[3].nbytes)
+        return moved, moved
+    if op == "kv_reorder":
+        moved = 2.0 * len(args[2]) * args[0][0].nbytes
+        return moved, moved
+    if op == "quant_embedding":
+        return writes, writes
+    return float(sum(t.nbytes for t in _tensors(args[: _READ.get(op, len(args))]))), writes
+
+
+def _kind(args: tuple[Any, ...]) -> str:
+    return next((_KINDS[t.dtype] for t in _tensors(args) if t.dtype in _KINDS), "fp32")
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
