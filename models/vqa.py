@@ -104,11 +104,6 @@ class MissVQA(nn.Module):
         """Question states (R, T, C) -> the decoder's cross-attention K and V of every layer, (R, T, H, D)."""
         return self.decoder.cross_kv.layers(states)
 
-    def image_kv(self, image_tokens: Tensor) -> Tensor:
-        """Image tokens (I, N, C) -> K and V of every layer as one product (I, N, layers, 2, H, D), `split_layers`'s."""
-        projection = self.encoder.cross_kv
-        return projection(image_tokens).unflatten(-1, projection.shape)  # type: ignore[no-any-return]
-
     def encode(
         self,
         image_kv: list[KV],

@@ -10,16 +10,17 @@ Shapes: P pool slots, I images, N tokens, C width, H heads, D head width.
 """
 
 import heapq
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from miss.kernels.cross_attention import KV
-from miss.models.cross_kv import split_layers
+from miss.models.cross_kv import Shape, new_room, split_layers
 
 KV_SHARE = 0.75  # of the budget, to keys and values
 
@@ -89,33 +90,42 @@ class ImageCache:
                     self._tokens.move_to_end(key)
             return found
 
-    def keep_kv(self, keys: list[bytes], product: Tensor, in_use: set[int]) -> list[int | None]:
-        """Copies keys and values (I, N, layers, 2, H, D) into the pool -> their slots; None for an image that found no
-        room beside those `in_use` (and these)."""
+    @contextmanager
+    def reserved(self, keys: list[bytes], tokens: Tensor, shape: Shape, in_use: set[int]) -> Iterator[list[int | None]]:
+        """Slots for the keys and values of images with `tokens` (I, N, C), to be written while the context lasts; None
+        for an image that finds no room beside those `in_use` (and these). Given back where the writing fails.
+
+        shape: (layers, 2, H, D).
+        """
         with self._lock:
             if self._pool is None:
-                self._allocate(product)
+                self._allocate(tokens, shape)
             placed: list[int | None] = []
-            for key, one in zip(keys, product, strict=True):
+            for key in keys:
                 slot = self._place(key, in_use) if key in self._tokens else None
-                if slot is not None:
-                    assert self._pool is not None
-                    self._pool[slot].copy_(one)
-                    in_use = in_use | {slot}
+                in_use = in_use if slot is None else in_use | {slot}
                 placed.append(slot)
-            return placed
+        try:
+            yield placed
+        except BaseException:
+            with self._lock:
+                for key, slot in zip(keys, placed, strict=True):
+                    if slot is not None and self._slots.get(key) == slot:
+                        heapq.heappush(self._free, self._slots.pop(key))
+                self._count_kv()
+            raise
+
+    @property
+    def pool(self) -> Tensor:
+        """(P, N, layers, 2, H, D)."""
+        assert self._pool is not None, "nothing was ever kept"
+        return self._pool
 
     def layers(self, slots: Sequence[int]) -> tuple[list[KV], int]:
         """The part of the pool that holds `slots`, as every layer reads it: K and V (last - first + 1, N, H, D), and
         the first slot."""
-        assert self._pool is not None
         first = min(slots)
-        return split_layers(self._pool[first : max(slots) + 1]), first
-
-    def rows(self, slots: list[int]) -> Tensor:
-        """Keys and values of some slots, copied: (len, N, layers, 2, H, D)."""
-        assert self._pool is not None
-        return self._pool[torch.tensor(slots, device=self._pool.device)]
+        return split_layers(self.pool[first : max(slots) + 1]), first
 
     def clear(self) -> None:
         """Forgets every image: whoever changes the weights calls this."""
@@ -126,12 +136,12 @@ class ImageCache:
             for tier in (self.tokens_tier, self.kv_tier):
                 tier.num_images = tier.bytes = 0
 
-    def _allocate(self, product: Tensor) -> None:
-        self._each = product[0].numel() * product.element_size()
+    def _allocate(self, tokens: Tensor, shape: Shape) -> None:
+        self._each = tokens.shape[1] * math.prod(shape) * tokens.element_size()
         count = int(self.budget * KV_SHARE) // self._each
         self._pool_size = count * self._each
         # Pages of the pool take memory once they are written.
-        self._pool = product.new_empty(count, *product.shape[1:])
+        self._pool = new_room(tokens, count, tokens.shape[1], shape)
         self._free = list(range(count))
 
     def _place(self, key: bytes, in_use: set[int]) -> int | None:

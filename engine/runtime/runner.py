@@ -19,7 +19,7 @@ from miss.engine.runtime.rows import Asked, RowTensors, answer_wants
 from miss.engine.runtime.search import Choice, Hypothesis
 from miss.engine.runtime.slots import Slots
 from miss.kernels.cross_attention import KV
-from miss.models.cross_kv import split_layers
+from miss.models.cross_kv import Shape, new_room, split_layers
 from miss.models.vqa import MissVQA
 
 
@@ -65,18 +65,45 @@ class Runner:
         slots = self.images.kv_slots([image.key for image in images])
         missing = [image for image, slot in zip(images, slots, strict=True) if slot is None]
         if missing:
-            product = self.model.image_kv(self._tokens(missing))
-            in_use = {slot for slot in slots if slot is not None}
-            placed = dict(zip(missing, self.images.keep_kv([m.key for m in missing], product, in_use), strict=True))
-            slots = [placed.get(image, slot) for image, slot in zip(images, slots, strict=True)]
+            tokens, in_use = self._tokens(missing), {slot for slot in slots if slot is not None}
+            shape = self.model.encoder.cross_kv.shape
+            with self.images.reserved([image.key for image in missing], tokens, shape, in_use) as placed:
+                if None in placed:
+                    kept = [(i, s) for i, s in zip(images, slots, strict=True) if s is not None]
+                    return self._beside(tokens, shape, missing, kept, placed)
+                self._project(tokens, [slot for slot in placed if slot is not None])
+            new = iter(placed)
+            slots = [next(new) if slot is None else slot for slot in slots]
         found = {image: slot for image, slot in zip(images, slots, strict=True) if slot is not None}
-        if len(found) == len(images):
-            layers, first = self.images.layers(list(found.values()))
-            return layers, {image: slot - first for image, slot in found.items()}
-        kept = [image for image in images if image not in set(missing)]
-        parts = [product, self.images.rows([found[image] for image in kept])] if kept else [product]
-        together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return split_layers(together), {image: i for i, image in enumerate([*missing, *kept])}
+        layers, first = self.images.layers(list(found.values()))
+        return layers, {image: slot - first for image, slot in found.items()}
+
+    def _project(self, tokens: Tensor, slots: list[int]) -> None:
+        """Keys and values of tokens (I, N, C) into their slots of the pool, in place."""
+        pool, first = self.images.pool, slots[0]
+        if slots == list(range(first, first + len(slots))):
+            self.model.project_images(tokens, pool[first : first + len(slots)])
+            return
+        for i, slot in enumerate(slots):
+            self.model.project_images(tokens[i : i + 1], pool[slot : slot + 1])
+
+    def _beside(
+        self,
+        tokens: Tensor,
+        shape: Shape,
+        missing: list[RequestImage],
+        kept: list[tuple[RequestImage, int]],
+        placed: list[int | None],
+    ) -> tuple[list[KV], dict[RequestImage, int]]:
+        """What `_image_kv` gives where the pool is too small for the batch: a tensor of this batch alone."""
+        together = new_room(tokens, len(missing) + len(kept), tokens.shape[1], shape)
+        self.model.project_images(tokens, together[: len(missing)])
+        for row, (_, slot) in enumerate(kept, len(missing)):
+            together[row].copy_(self.images.pool[slot])
+        for row, place in enumerate(placed):
+            if place is not None:
+                self.images.pool[place].copy_(together[row])
+        return split_layers(together), {image: i for i, image in enumerate([*missing, *(i for i, _ in kept)])}
 
     def _tokens(self, images: list[RequestImage]) -> Tensor:
         """The images' tokens (I, N, C), those that have none yet encoded in one batch."""
