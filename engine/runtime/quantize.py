@@ -166,8 +166,9 @@ class _Work:
         weight = self.original[name]
         if form == "bf16":
             self.rest[name] = weight.bfloat16()
+            lost = _weight_error(weight, self.rest[name].float())  # before `weight`, the model's own, becomes it
             _install(self.model, name, self.rest[name])
-            return {"form": form, "error": _rounded(_weight_error(weight, self.rest[name].float()))}
+            return {"form": form, "error": _rounded(lost)}
         packed = pack(weight, form, moments, self.options.compensate)
         if moments is not None and moments.tokens:
             error, size = rounding_errors(weight.flatten(1), moments.sample, packed, packed.dynamic)

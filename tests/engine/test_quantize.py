@@ -306,6 +306,7 @@ class TestInt8:
             packed = quantize(make_model(), Options("int8", float_share=share, compensate=False), (make_batch(),))
             forms = set(packed.forms.values())
             assert forms == ({"w8a8"} if share == 0 else forms | {"bf16", "int8"})  # a last one may not fit
+            assert all(row["error"] > 0 for row in packed.quantization.report["layers"].values())
             assert set(packed.quantization.kept) == {n for n, form in packed.forms.items() if form == "bf16"}
             folder = tmp_path / str(share)
             write_checkpoint(packed.config, packed.tensors, folder, quantization=packed.quantization.to_dict())
