@@ -6,9 +6,7 @@ A burst takes a few milliseconds, so that it can stand between two measurements 
 by tens of percent within seconds, and a share is only worth something against a ceiling of the same moment.
 """
 
-import contextlib
 import functools
-import mmap
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from miss.kernels import extension
+from miss.kernels.memory import huge_zeros
 
 KINDS = ("fp32", "bf16", "int8")  # fp16 too on cuda
 _TURNS = 400_000  # 1.5 to 3 ms of the loops in csrc/cpu/ceilings.inl.h
@@ -102,7 +101,7 @@ class Ceilings:
     def _buffer(self, index: int) -> Tensor:
         if index not in self._buffers:
             self._buffers[index] = (
-                _huge(_BUFFER) if self.device.type == "cpu" else torch.empty(_BUFFER // 4, device="cuda")
+                huge_zeros([_BUFFER // 4]) if self.device.type == "cpu" else torch.empty(_BUFFER // 4, device="cuda")
             )
             self._buffers[index].fill_(1)
         return self._buffers[index]
@@ -159,18 +158,6 @@ class Ceilings:
             middle = statistics.median(values)
             found[name] = {"median": round(middle, 1), "spread": round((max(values) - min(values)) / middle, 3)}
         return found
-
-
-def _huge(nbytes: int) -> Tensor:
-    """Floats in huge pages where the system has them. With pages of 4 KB every 4 KB end the processor's prefetching:
-    on two Zen 4 cores one thread reads 16 GB/s of them, 30 of huge pages, and both 23, or 28 in four streams each, and
-    34. The ceiling is that of the hardware; what an implementation loses by its pages is its own loss."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes // 4)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets none
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32)
 
 
 def last_cache_bytes(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from miss.kernels.cross_attention import KV
 from miss.kernels.linear import linear_into
+from miss.kernels.memory import huge_zeros
 from miss.models.config import TextConfig
 from miss.models.linear import Linear
 
@@ -44,14 +45,16 @@ def room_for(source: Tensor, shape: Shape) -> Tensor:
     return new_room(source, source.shape[0], source.shape[1], shape)
 
 
-def new_room(like: Tensor, num_images: int, num_tokens: int, shape: Shape) -> Tensor:
+def new_room(like: Tensor, num_images: int, num_tokens: int, shape: Shape, stays: bool = False) -> Tensor:
     """Memory for keys and values as (I, N, layers, 2, H, D), in which a head's tokens lie one after the other.
 
     Token by token they lie 36 KB apart (base, bfloat16), each in a page of its own: cross-attention of one question
-    over 577 tokens then takes 330 us a layer on two Zen 4 cores, of which its products are 70.
+    over 577 tokens then takes 330 us a layer on two Zen 4 cores, of which its products are 70. `stays`: in huge pages.
     """
     layers, two, heads, width = shape
-    return like.new_empty(num_images, layers, two, heads, num_tokens, width).permute(0, 4, 1, 2, 3, 5)
+    sizes = (num_images, layers, two, heads, num_tokens, width)
+    room = huge_zeros(sizes, like.dtype) if stays and like.device.type == "cpu" else like.new_empty(sizes)
+    return room.permute(0, 4, 1, 2, 3, 5)
 
 
 def split_layers(projected: Tensor) -> list[KV]:

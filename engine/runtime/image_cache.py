@@ -98,7 +98,7 @@ class ImageCache:
         shape: (layers, 2, H, D).
         """
         with self._lock:
-            if self._pool is None:
+            if self._pool is None or self._pool.dtype != tokens.dtype:
                 self._allocate(tokens, shape)
             placed: list[int | None] = []
             for key in keys:
@@ -128,11 +128,11 @@ class ImageCache:
         return split_layers(self.pool[first : max(slots) + 1]), first
 
     def clear(self) -> None:
-        """Forgets every image: whoever changes the weights calls this."""
+        """Forgets every image: whoever changes the weights calls this. The pool's memory stays its own."""
         with self._lock:
             self._tokens.clear()
             self._slots.clear()
-            self._pool, self._free = None, []
+            self._free = [] if self._pool is None else list(range(len(self._pool)))
             for tier in (self.tokens_tier, self.kv_tier):
                 tier.num_images = tier.bytes = 0
 
@@ -141,7 +141,7 @@ class ImageCache:
         count = int(self.budget * KV_SHARE) // self._each
         self._pool_size = count * self._each
         # Pages of the pool take memory once they are written.
-        self._pool = new_room(tokens, count, tokens.shape[1], shape)
+        self._pool = new_room(tokens, count, tokens.shape[1], shape, stays=True)
         self._free = list(range(count))
 
     def _place(self, key: bytes, in_use: set[int]) -> int | None:
