@@ -3,6 +3,7 @@
 Knows pipes and /proc; does not know what a peer answers. A process that waits for a line uses no core.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 from miss.benchmarks.peers.catalogue import Entry
 
+_LAST_WORDS = 20  # seconds
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
@@ -86,7 +88,7 @@ class PeerProcess:
             pipe.write(json.dumps({"do": do, "job": str(job), **more}) + "\n")
             pipe.flush()
         except BrokenPipeError:
-            raise PeerError(f"{self.entry.name} has ended: {_end(self._log)}") from None
+            raise self._ended() from None
         return self._reply()
 
     def _reply(self) -> dict[str, Any]:
@@ -94,11 +96,17 @@ class PeerProcess:
         assert pipe is not None
         line = pipe.readline()
         if not line:
-            raise PeerError(f"{self.entry.name} has ended: {_end(self._log)}")
+            raise self._ended()
         reply = json.loads(line)
         if "error" in reply:
             raise PeerError(f"{self.entry.name}: {reply['error']}")
         return reply
+
+    def _ended(self) -> PeerError:
+        """Its pipe closes before its last words are written: they are waited for."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAST_WORDS)
+        return PeerError(f"{self.entry.name} has ended: {_end(self._log)}")
 
     def memory(self) -> dict[str, float]:
         """Megabytes: resident now, of that its own (not mapped from files), and the most it ever had."""
