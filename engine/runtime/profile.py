@@ -74,11 +74,16 @@ class Timeline:
         if threading.get_ident() != self._thread:
             return run()
         stage = self._open[-1].stage if self._open else OUTSIDE
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
+            torch.cuda.nvtx.range_push(op.name)
         self._begin(Span(stage, op.name, impl.name, self._now()))
         try:
             return run()
         finally:
             self._end()
+            if on_cuda:
+                torch.cuda.nvtx.range_pop()
 
     def _begin(self, span: Span) -> None:
         self.spans.append(span)

@@ -153,7 +153,10 @@ def _choice_problem(args: Args) -> str | None:
 def _load(args: Args) -> "Engine":
     from miss.engine.runtime.engine import Engine
 
-    return Engine.load(args.checkpoint, args.precision, args.device)
+    engine = Engine.load(args.checkpoint, args.precision, args.device)
+    for note in engine.notes:
+        print(f"note: {engine.name} {note}", file=sys.stderr)
+    return engine
 
 
 def _answer_image(args: Args, params: "SamplingParams") -> int:
