@@ -1,5 +1,7 @@
 # make answer   a generated answer, with nothing else to set up      make test    the whole test suite
 # make setup    all that tests and the commands of the README need   make check   format, lint, types
+# make bench           whole answers against Hugging Face, ONNX Runtime and OpenVINO: the headline, under 20 minutes
+# make bench-all       the same for all peers, batches, sizes and answer lengths; some hours
 # make bench-kernels   every operation against this machine's ceilings, into benchmarks/results/
 # make sanitize        the CPU kernels under address and undefined-behaviour sanitizers, some minutes
 PYTHON ?= python3
@@ -13,7 +15,7 @@ CSRC := $(shell find csrc -path csrc/tests -prune -o -name "*.cpp" -print -o -na
 EXTRAS := dicom,train,evaluate,weights,zero,test
 
 .DEFAULT_GOAL := help
-.PHONY: help answer setup test check parity torture sanitize bench-kernels clean
+.PHONY: help answer setup test check parity torture sanitize bench bench-all bench-kernels clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -32,6 +34,11 @@ $(VENV)/.answer: pyproject.toml setup.py $(CSRC)
 $(VENV)/.setup: $(VENV)/.answer
 	@echo "[+] what tests, training and evaluation need"
 	@$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.peers: $(VENV)/.setup
+	@echo "[+] what answers are measured against: ONNX Runtime, OpenVINO, NNCF"
+	@$(PIP) install -q --no-build-isolation -e ".[peers]"
 	@touch $@
 
 setup: $(VENV)/.setup
@@ -54,6 +61,18 @@ parity: $(VENV)/.setup
 # Every operation, its peers and this machine's ceilings; under 10 minutes on two cores that have nothing else to do.
 bench-kernels: $(VENV)/.setup
 	@bash -o pipefail -c "$(RUN) miss bench kernels --shapes base small --out benchmarks/results | cut -c -160"
+
+# Peers' converted models are kept in the user's cache folder: the first run takes some minutes more.
+bench: $(VENV)/.peers
+	@$(RUN) miss bench answer --preset base --batch 1 8 --peers headline --quick --out benchmarks/results
+	@$(RUN) miss bench answer --preset base --image-size 480 --peers openvino-bf16 openvino-int8 --quick --judged 0 --out benchmarks/results
+	@$(RUN) miss bench answer --preset small --peers hf-fp32 --quick --judged 0 --out benchmarks/results
+
+bench-all: $(VENV)/.peers
+	@$(RUN) miss bench answer --preset base --peers all --out benchmarks/results
+	@$(RUN) miss bench answer --preset base --batch 1 2 4 8 --questions-per-image 1 8 64 --judged 0 --out benchmarks/results
+	@$(RUN) miss bench answer --preset base --image-size 224 384 480 --tokens 2 4 8 16 --judged 0 --out benchmarks/results
+	@$(RUN) miss bench answer --preset small --peers all --out benchmarks/results
 
 torture: $(VENV)/.setup
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -m torture
