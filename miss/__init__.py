@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from miss.engine.runtime.async_engine import AsyncEngine as AsyncEngine
+    from miss.engine.runtime.config import EngineConfig as EngineConfig
     from miss.engine.runtime.engine import Answer as Answer
     from miss.engine.runtime.engine import Engine as Engine
     from miss.engine.runtime.sampler import SamplingParams as SamplingParams
@@ -18,6 +20,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "miss.engine.runtime.engine",
+    "AsyncEngine": "miss.engine.runtime.async_engine",
+    "EngineConfig": "miss.engine.runtime.config",
     "Answer": "miss.engine.runtime.engine",
     "SamplingParams": "miss.engine.runtime.sampler",
     "MissConfig": "miss.models.config",

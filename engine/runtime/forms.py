@@ -132,7 +132,7 @@ def pack(weight: Tensor, form: str, moments: Moments | None, compensate: bool) -
     if form in ("nf4", "llm-int8"):
         return pack_nf4(matrix) if form == "nf4" else pack_llm_int8(matrix)
     if form in ("int8", "w8a8"):
-        if seen is not None and compensate:
+        if seen is not None and seen.suffices and compensate:
             return pack_int8_compensated(matrix, seen.hessian, form == "w8a8")
         return pack_int8(matrix, form == "w8a8")
     group = int(form.removeprefix("int4-"))

@@ -176,7 +176,8 @@ class _Work:
         else:
             found = _weight_error(weight.flatten(1), unpack(packed))
         bias = name.removesuffix("weight") + "bias"
-        if moments is not None and bias in self.rest and self.options.compensate:
+        bends = moments is not None and (moments.suffices or form not in ("int8", "w8a8"))
+        if moments is not None and bends and bias in self.rest and self.options.compensate:
             new = corrected_bias(self.original[bias], weight, packed, moments)
             self.rest[bias] = _plain(new, self.options.scheme)
             self.model.get_parameter(bias).data.copy_(self.rest[bias])
