@@ -101,6 +101,8 @@ def _case(shapes: Shapes, rows: int, dtype: torch.dtype, packed: bool) -> Case:
     config = shapes.preset.decoder
     heads, width, inner = config.num_heads, config.hidden_size, config.intermediate_size
     questions = 1 if rows == 3 else rows
+    attended = config.num_layers * width * (rows * (_POSITION + 1 + NUM_QUESTION_TOKENS))
+    a_token = 2 * config.num_layers * width * dtype.itemsize  # of the caches
     products = config.num_layers * (6 * width * width + 2 * width * inner) + width * (width + config.vocab_size)
 
     def make(generator: torch.Generator) -> Inputs:
@@ -119,8 +121,9 @@ def _case(shapes: Shapes, rows: int, dtype: torch.dtype, packed: bool) -> Case:
     return Case(
         "decoder_step", f"{rows} rows, {config.num_layers} layers C={width} V={config.vocab_size}",
         str(dtype).removeprefix("torch.") + ("/w8a8" if packed else ""), make,
-        lambda decoder, *rest: _results(decoder, None, *rest), 2.0 * rows * products,
-        reads=float(products * size), writes=float(rows * width * dtype.itemsize), caches=("warm",),
+        lambda decoder, *rest: _results(decoder, None, *rest), 2.0 * rows * products + 4.0 * attended,
+        reads=float(products * size + a_token * (rows * (_POSITION + 1) + questions * NUM_QUESTION_TOKENS)),
+        writes=float(rows * (width * dtype.itemsize + a_token)), caches=("warm",),
         peers=(Peer("rows of torch", _rows_of_torch),), kind="int8" if packed else None,
         # Over all layers bfloat16's roundings add up, and a code that rounds the other way is a 127th off.
         tolerance=1e-4 if dtype == torch.float32 and not packed else 0.1, bind=_bind,

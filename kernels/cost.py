@@ -6,12 +6,16 @@ Counted as in the benchmarks: a multiply-add is two operations, every input is r
 nothing lies between. A weight that comes in a second layout (`panels`) is read once, as that.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from miss.kernels.decoder_step.weights import Cache, Decoder, Matrix
+from miss.kernels.quant_linear import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,34 @@ def _patch(weight: Tensor, bias: Tensor, pixels: Tensor, *_: Any) -> float:
     return 2.0 * patches * weight.numel()
 
 
+def _step(
+    words: Tensor, decoder: Decoder, cache: Cache, tokens: Tensor, slots: Tensor, at: Tensor, asked: Tensor, *rest: Any
+) -> float:
+    """Products and attention; norms are a 500th of them."""
+    products = sum(math.prod(m.weight.shape) for m in _matrices(decoder, rest[0]))
+    keys = float((at + 1).sum() + cache.question_lengths[asked.long()].sum())
+    return 2.0 * len(tokens) * products + 4.0 * len(decoder.layers) * keys * words.shape[1]
+
+
+def _step_traffic(
+    words: Tensor, decoder: Decoder, cache: Cache, tokens: Tensor, slots: Tensor, at: Tensor, asked: Tensor, *rest: Any
+) -> tuple[float, float]:
+    """(bytes read, bytes written): every weight once, of the caches what is attended to, the new keys and values."""
+    matrices, norms = _matrices(decoder, rest[0]), decoder.norms()
+    read = [m.weight for m in matrices] + [m.bias for m in matrices if m.bias is not None]
+    weights = sum(t.nbytes for t in [*read, *(n.weight for n in norms), *(n.bias for n in norms)])
+    a_token = 2.0 * len(decoder.layers) * words.shape[1] * words.element_size()
+    deepest = torch.zeros(cache.self_k.shape[1]).scatter_reduce_(0, slots.cpu().long(), at.cpu() + 1.0, "amax")
+    states = float(cache.question_lengths[asked.long().unique()].sum())
+    embedded = 2.0 * len(tokens) * words.shape[1] * words.element_size()
+    return weights + embedded + (float(deepest.sum()) + states) * a_token, len(tokens) * a_token
+
+
+def _matrices(decoder: Decoder, num_best: int) -> list[Matrix]:
+    """Those that a step multiplies with: the vocabulary's only where best words are wanted."""
+    return decoder.matrices() if num_best else decoder.matrices()[:-1]
+
+
 def _norm(x: Tensor, *_: Any) -> float:
     return _NORM * x.numel()
 
@@ -95,6 +127,7 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "quant_embedding": _nothing,
     "linear_top_k": _linear,
     "linear_top_k_w8a8": _linear,
+    "decoder_step": _step,
     "kv_append": _nothing,
     "kv_reorder": _nothing,
 }
@@ -126,7 +159,7 @@ def cost(op: str, args: tuple[Any, ...], result: Any) -> Cost:
     if op not in _FLOPS:
         raise ValueError(f"no cost is known of {op}; known: {', '.join(_FLOPS)}")
     writes = float(sum(t.nbytes for t in _tensors(result)))
-    kind = "int8" if op in _INT8 else "fp32" if "norm" in op else _kind(args)
+    kind = "int8" if op in _INT8 or _is_int8_step(args) else "fp32" if "norm" in op else _kind(args)
     return Cost(_FLOPS[op](*args), *_traffic(op, args, writes), kind)
 
 
@@ -139,6 +172,9 @@ def _traffic(op: str, args: tuple[Any, ...], writes: float) -> tuple[float, floa
     if op == "cross_attention":
         q, k, v, index = args[:4]
         return q.nbytes + float(len(index.unique())) * (k[0].nbytes + v[0].nbytes) if len(k) else 0.0, writes
+    if op == "decoder_step":
+        reads, appended = _step_traffic(*args)
+        return reads, writes + appended
     if op == "kv_append":
         moved = float(args[2].nbytes + args[3].nbytes)
         return moved, moved
@@ -148,6 +184,12 @@ def _traffic(op: str, args: tuple[Any, ...], writes: float) -> tuple[float, floa
     if op == "quant_embedding":
         return writes, writes
     return float(sum(t.nbytes for t in _tensors(args[: _READ.get(op, len(args))]))), writes
+
+
+def _is_int8_step(args: tuple[Any, ...]) -> bool:
+    if len(args) < 2 or not isinstance(args[1], Decoder):
+        return False
+    return any(isinstance(m.weight, PackedWeight) and m.weight.dynamic for m in args[1].matrices())
 
 
 def _kind(args: tuple[Any, ...]) -> str:

@@ -231,6 +231,10 @@ def around(wrapper: Wrapper) -> Iterator[None]:
         _wrappers.remove(wrapper)
 
 
+def _wrapped(op: "Op", impl: Impl, args: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+    return _wrappers[-1](op, impl, args, run) if _wrappers else run()
+
+
 @functools.cache
 def _misfit(impl: Impl, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `impl` cannot serve this device and dtype; None where it can."""
@@ -314,10 +318,14 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self._run(self.select(*args), args)
 
+    def with_autocast(self, *args: Any) -> Any:
+        """The same as a call, but under autocast it stays on: for an operation whose composed row leaves it to its
+        parts to cast what is to be cast."""
+        impl = self.select(*args)
+        return _wrapped(self, impl, args, lambda: impl.run(*args))
+
     def _run(self, impl: Impl, args: tuple[Any, ...]) -> Any:
-        if _wrappers:
-            return _wrappers[-1](self, impl, args, lambda: self._run_plainly(impl, args))
-        return self._run_plainly(impl, args)
+        return _wrapped(self, impl, args, lambda: self._run_plainly(impl, args))
 
     def _run_plainly(self, impl: Impl, args: tuple[Any, ...]) -> Any:
         """Runs with autocast off: the public function has cast what is to be cast, and an implementation that turns to

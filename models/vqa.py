@@ -131,6 +131,13 @@ class MissVQA(nn.Module):
         `AnswerDecoder.states`."""
         return self.decoder.states(tokens, cache, slots, positions, questions)
 
+    def decode_best(
+        self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, questions: Tensor, num_best: int
+    ) -> tuple[Tensor, Tensor]:
+        """`decode` and `decoder.best` of it in one go: log-probabilities and ids (R, num_best); see
+        `AnswerDecoder.step`."""
+        return self.decoder.step(tokens, cache, slots, positions, questions, num_best)
+
     def prepare(self) -> "MissVQA":
         """For inference: lays every weight out for this machine's kernels, once, in memory of their own."""
         for module in self.modules():

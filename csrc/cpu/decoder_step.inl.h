@@ -36,7 +36,8 @@ class Step {
   void run() {
     if (team_.too_late()) return;
     const DecoderMatrix& start = m_.num_layers ? m_.layers[0].qkv : m_.transform;
-    rows_then(start, [&](int64_t begin, int64_t end) { embed(begin, end); });
+    then(start);
+    rows_then([&](int64_t begin, int64_t end) { embed(begin, end); });
     for (int64_t i = 0; i < m_.num_layers; ++i)
       layer(m_.layers[i], i, i + 1 < m_.num_layers ? m_.layers[i + 1].qkv : m_.transform);
     head();
@@ -50,13 +51,20 @@ class Step {
   Member team_;
   Room<T> room_;
   T* states_;
+  const char* next_ = nullptr;
 
-  // The phase that ends here is followed by body(begin, end) over all rows, which makes what `next` is multiplied with.
-  template <class Body>
-  void rows_then(const DecoderMatrix& next, const Body& body) {
+  // What this thread will read first of the weight whose turn comes after the one that it reads now.
+  void then(const DecoderMatrix& next) {
     const int64_t columns = next.columns == 3 * m_.width ? m_.width : next.columns;  // Q, K, V are shared out by heads
     const int64_t own = team_.id() * blocks(columns, PANEL) / team_.size();
-    team_.expect(next.panels + own * panel_size(next, SIZE), FETCHED);
+    next_ = next.panels + own * panel_size(next, SIZE);
+  }
+
+  // The phase that ends here is followed by body(begin, end) over all rows, which makes what comes next is multiplied
+  // with.
+  template <class Body>
+  void rows_then(const Body& body) {
+    team_.expect(next_, FETCHED);
     if (c_.rows <= ALONE) return team_.arrive([&] { body(int64_t{0}, c_.rows); });
     team_.arrive();
     team_.share(c_.rows, body);
@@ -90,13 +98,13 @@ class Step {
       const Rows rows = {reinterpret_cast<const char*>(room_.codes), m.k, m.k};
       const Finish<int32_t, Out> finish{args, y, 0, room_.code_scale};
       chunks(c_.rows, CHUNK, [&](int64_t row, int count) {
-        stream_chunk<DotU8S8>(rows.from(row, 0, m.k), row, count, m.panels, m.columns, first, last, finish);
+        stream_chunk<DotU8S8>(rows.from(row, 0, m.k), row, count, m.panels, m.columns, first, last, next_, finish);
       });
     } else if (m.kind == DecoderMatrix::Kind::plain) {
       const Rows rows = {reinterpret_cast<const char*>(x), m.k * SIZE, m.k * SIZE};
       const Finish<float, Out> finish{args, y, 0, nullptr};
       chunks(c_.rows, CHUNK, [&](int64_t row, int count) {
-        stream_chunk<Dot>(rows.from(row, 0, m.k * SIZE), row, count, m.panels, m.columns, first, last, finish);
+        stream_chunk<Dot>(rows.from(row, 0, m.k * SIZE), row, count, m.panels, m.columns, first, last, next_, finish);
       });
     } else {
       weight_only(m, x, first, last, reinterpret_cast<T*>(y), gelu);  // whose Out is T
@@ -145,9 +153,10 @@ class Step {
 
   // x = norm(x + y), then as `next` wants it.
   void add_norm(const DecoderMatrix& m, const DecoderNorm& n, const T* in, const DecoderMatrix& next) {
+    then(next);
     team_.share(blocks(m.columns, PANEL),
                 [&](int64_t first, int64_t last) { product(m, in, first, last, room_.product); });
-    rows_then(next, [&](int64_t begin, int64_t end) {
+    rows_then([&](int64_t begin, int64_t end) {
       for (int64_t r = begin * m_.width; r < end * m_.width; r += m_.width)
         norm(n, room_.product + r, room_.x + r, room_.x + r, room_.attended + r);
       feed(next, room_.x, begin, end);
@@ -208,16 +217,21 @@ class Step {
 
   void layer(const DecoderLayer& l, int64_t index, const DecoderMatrix& next) {
     const int64_t panels = m_.width / PANEL;
+    then(l.self_output);
+    const char* after = next_;
     team_.share(panels, [&](int64_t first, int64_t last) {  // of Q, of K and of V: these heads are this thread's alone
-      for (int64_t part = 0; part < 3; ++part)
+      for (int64_t part = 0; part < 3; ++part) {
+        next_ = part == 2 ? after : l.qkv.panels + ((part + 1) * panels + first) * panel_size(l.qkv, SIZE);
         product(l.qkv, room_.x, part * panels + first, part * panels + last, room_.qkv);
+      }
       append(index, first * PANEL, last * PANEL);
       const AttentionArgs a = attention(c_.self, index, room_.qkv, 3 * m_.width);
       for (int64_t r = 0; r < c_.rows; ++r)
         attend(a, c_.self, c_.slots[r], r, 1, c_.positions[r] + 1, first * PANEL, last * PANEL);
     });
-    rows_then(l.self_output, [&](int64_t begin, int64_t end) { feed(l.self_output, room_.attended, begin, end); });
+    rows_then([&](int64_t begin, int64_t end) { feed(l.self_output, room_.attended, begin, end); });
     add_norm(l.self_output, l.self_norm, room_.attended, l.query);
+    then(l.cross_output);
     team_.share(panels, [&](int64_t first, int64_t last) {
       product(l.query, room_.x, first, last, room_.product);
       const AttentionArgs a = attention(c_.cross, index, room_.product, m_.width);
@@ -228,18 +242,19 @@ class Step {
         attend(a, c_.cross, c_.questions[r], r, end - r, keys, first * PANEL, last * PANEL);
       }
     });
-    rows_then(l.cross_output, [&](int64_t begin, int64_t end) { feed(l.cross_output, room_.attended, begin, end); });
+    rows_then([&](int64_t begin, int64_t end) { feed(l.cross_output, room_.attended, begin, end); });
     add_norm(l.cross_output, l.cross_norm, room_.attended, l.input);
     mlp(l, next);
   }
 
   void mlp(const DecoderLayer& l, const DecoderMatrix& next) {
     const bool codes = l.input.kind == DecoderMatrix::Kind::w8a8 && l.output.kind == DecoderMatrix::Kind::w8a8;
+    then(l.output);
     team_.share(blocks(m_.inner, PANEL), [&](int64_t first, int64_t last) {
       if (codes) product(l.input, room_.x, first, last, room_.wide, true);
       else product(l.input, room_.x, first, last, room_.inner, true);
     });
-    rows_then(l.output, [&](int64_t begin, int64_t end) {
+    rows_then([&](int64_t begin, int64_t end) {
       if (!codes) return feed(l.output, room_.inner, begin, end);
       for (int64_t r = begin; r < end; ++r)
         room_.code_scale[r] = quantise_row(room_.wide + r * m_.inner, m_.inner, room_.codes + r * m_.inner);
@@ -248,6 +263,7 @@ class Step {
   }
 
   void head() {
+    then(m_.vocabulary);
     team_.share(m_.width / PANEL, [&](int64_t first, int64_t last) {
       product(m_.transform, room_.x, first, last, room_.product, true);
     });
@@ -257,7 +273,7 @@ class Step {
         norm(m_.transform_norm, room_.product + r, nullptr, states_ + r, nullptr);
       if (!only_states) feed(m_.vocabulary, states_, begin, end);
     };
-    rows_then(m_.vocabulary, states);
+    rows_then(states);
     if (!only_states) best();
     team_.arrive([] {}, true);
   }
@@ -299,7 +315,8 @@ class Step {
     const int64_t num_panels = blocks(args.columns, PANEL);
     const Reduce<typename D::Sum> epilogue{args, room_.code_scale, room_.largest, sums, num_panels, own};
     chunks(args.rows, MOST_ROWS, [&](int64_t row, int count) {
-      stream_chunk<D>(a.from(row, 0, a.bytes), row, count, m_.vocabulary.panels, args.columns, first, last, epilogue);
+      stream_chunk<D>(a.from(row, 0, a.bytes), row, count, m_.vocabulary.panels, args.columns, first, last, next_,
+                      epilogue);
     });
   }
 };

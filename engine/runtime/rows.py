@@ -76,6 +76,25 @@ class RowTensors:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
+def best_alone(asked: Sequence[Asked], rows: Rows) -> int:
+    """How many best tokens suffice where nothing else is wanted, after every row: the step's own head finds them. 0
+    where something else is."""
+    wants = [one.wants for one in asked]
+    alone = rows.last is None and all(0 < w.num_best <= _FEW_BEST and w.allowed is None and not w.logits for w in wants)
+    return max((w.num_best for w in wants), default=0) if alone else 0
+
+
+def best_choices(logprobs: Tensor, ids: Tensor, asked: Sequence[Asked]) -> list[list[Choice]]:
+    """The best tokens of every row (R, k) as choices, a list a request."""
+    found = iter(_pairs(logprobs, ids))
+    return [[Choice(next(found)) for _ in one.feeds] for one in asked]
+
+
+def _pairs(logprobs: Tensor, ids: Tensor) -> list[list[tuple[int, float]]]:
+    rows = zip(ids.tolist(), logprobs.tolist(), strict=True)
+    return [list(zip(tokens, values, strict=True)) for tokens, values in rows]
+
+
 def answer_wants(
     decoder: AnswerDecoder, states: Tensor, last: list[int] | None, asked: Sequence[Asked]
 ) -> list[list[Choice]]:
@@ -134,8 +153,7 @@ class _Answers:
             return
         count = min(max(wants.num_best for wants, _ in rows.values()), self.decoder.config.vocab_size)
         logprobs, ids, _ = self.decoder.best(self._take(rows), count)
-        for row, tokens, values in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
-            self.best[row] = list(zip(tokens, values, strict=True))
+        self.best.update(zip(rows, _pairs(logprobs, ids), strict=True))
 
     def _find_allowed(self, rows: _Rows) -> None:
         if not rows:

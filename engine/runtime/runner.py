@@ -15,7 +15,7 @@ from miss.engine.runtime.faults import survive
 from miss.engine.runtime.image_cache import ImageCache
 from miss.engine.runtime.ranker import Ranking, rank_questions
 from miss.engine.runtime.request import Request, RequestImage
-from miss.engine.runtime.rows import Asked, RowTensors, answer_wants
+from miss.engine.runtime.rows import Asked, RowTensors, answer_wants, best_alone, best_choices
 from miss.engine.runtime.search import Choice, Hypothesis
 from miss.engine.runtime.slots import Slots
 from miss.engine.runtime.stages import stage
@@ -162,8 +162,12 @@ class Runner:
         it may be asked again."""
         asked = [Asked(r.question_slot, r.answer_slots, r.search.feed(), r.search.wants()) for r in requests]
         rows = self._rows.of(asked, self.slots.positions)
-        states = self.model.decode(rows.tokens, self.slots.cache, rows.slots, rows.positions, rows.questions)
-        choices = answer_wants(self.model.decoder, states, rows.last, asked)
+        fed = (rows.tokens, self.slots.cache, rows.slots, rows.positions, rows.questions)
+        if num_best := best_alone(asked, rows):
+            num_best = min(num_best, self.model.config.decoder.vocab_size)
+            choices = best_choices(*self.model.decode_best(*fed, num_best), asked)
+        else:
+            choices = answer_wants(self.model.decoder, self.model.decode(*fed), rows.last, asked)
         for one in asked:
             for feed in one.feeds:
                 self.slots.positions[one.slots[feed.branch]] += len(feed.tokens)

@@ -105,8 +105,7 @@ def decoder_step(
     args = (decoder.words, decoder, cache, tokens, slots, positions, questions, num_best, runner)
     if torch.compiler.is_compiling():  # a graph sees the single operations
         return composed.forward(*args)
-    # Not FORWARD(…), which turns autocast off: the single operations cast what is to be cast.
-    return FORWARD.select(*args).run(*args)  # type: ignore[no-any-return]
+    return FORWARD.with_autocast(*args)  # type: ignore[no-any-return]
 
 
 def prepare(decoder: Decoder) -> object | None:

@@ -240,7 +240,7 @@ def test_answers_of_a_checkpoint(precision: str) -> None:
         tokens, found = torch.full((4,), model.config.tokens.dec), []
         with use(**({} if row is None else {"decoder_step": row})):
             for position in range(6):
-                _, ids = model.decode(tokens, cache, rows, torch.full_like(rows, position), rows, 1)
+                _, ids = model.decode_best(tokens, cache, rows, torch.full_like(rows, position), rows, 1)
                 tokens = ids[:, 0]
                 found.append(tokens.tolist())
         return found
