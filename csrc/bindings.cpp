@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "cpu/decoder_runner.h"
 #include "cpu/isa.h"
 
@@ -28,4 +32,9 @@ PYBIND11_MODULE(_C, m) {
                           const DecoderRunner::Norm&, const std::vector<DecoderRunner::Layer>&,
                           const DecoderRunner::Matrix&, const DecoderRunner::Norm&, const DecoderRunner::Matrix&>())
       .def("step", &DecoderRunner::step, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("trim", [] {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+  }, "Gives freed memory back to the system, where the C library can.");
 }

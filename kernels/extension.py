@@ -109,3 +109,10 @@ def decoder_runner(*description: Any) -> Any:
     if reason is not None or isinstance(module, str):
         raise NotImplementedError(reason)
     return module.DecoderRunner(*description)
+
+
+def trim() -> None:
+    """Gives memory that was freed back to the system, where the kernels are built and the C library can."""
+    module = _module()
+    if not isinstance(module, str):
+        module.trim()
