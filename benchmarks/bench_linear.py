@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from miss.benchmarks.cases import Bound, Case, Peer
-from miss.benchmarks.inputs import normal, weight
+from miss.benchmarks.inputs import by_pieces, normal, weight
 from miss.benchmarks.peers import onednn
 from miss.benchmarks.shapes import Linear, Shapes
-from miss.kernels.linear import linear, prepare
+from miss.kernels.linear import linear, linear_into, prepare
 from miss.kernels.registry import OPS
 
 _ADDING = ("out", "fc2")  # after which the residual is added
@@ -20,6 +20,7 @@ def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for dtype in dtypes:
         for one in _linears(shapes):
             yield _case(one, dtype, shapes.device)
+        yield _into(shapes.custom or shapes.image_kv(), dtype)
         for one in [shapes.custom] if shapes.custom else [_training(shapes, "vit"), _training(shapes, "bert")]:
             yield _backward(one, dtype)
 
@@ -65,6 +66,25 @@ def _case(one: Linear, dtype: torch.dtype, device: torch.device) -> Case:
         "linear", one.label, str(dtype).removeprefix("torch."), make, linear, one.flops, reads=read * dtype.itemsize,
         writes=one.rows * one.outputs * dtype.itemsize, peers=_peers(adds) if device.type == "cpu" else (),
         caches=("warm", "cold") if one.rows == 1 else ("warm",), bind=_bind,
+    )  # fmt: skip
+
+
+def _into(one: Linear, dtype: torch.dtype) -> Case:
+    """Keys and values of all layers, head by head."""
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        x = normal(generator, one.rows, one.columns, dtype=dtype)
+        bias = normal(generator, one.outputs, dtype=dtype, size=0.1)
+        return x, weight(generator, one.outputs, one.columns, dtype), bias, by_pieces(one.rows, one.outputs, dtype)
+
+    def bind(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Bound:
+        panels = prepare(weight)
+        return lambda: linear_into(x, weight, bias, out, panels)
+
+    read = (one.rows + one.outputs) * one.columns + one.outputs
+    return Case(
+        "linear_into", one.label, str(dtype).removeprefix("torch."), make, linear_into, one.flops,
+        reads=read * dtype.itemsize, writes=one.rows * one.outputs * dtype.itemsize, bind=bind,
     )  # fmt: skip
 
 

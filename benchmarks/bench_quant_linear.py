@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from miss.benchmarks.cases import Bound, Case, Peer
-from miss.benchmarks.inputs import int4_weight, int8_weight, normal
+from miss.benchmarks.inputs import by_pieces, int4_weight, int8_weight, normal
 from miss.benchmarks.peers import onednn, torch_packed, torchao
 from miss.benchmarks.shapes import Linear, Shapes
 from miss.kernels.quant_linear import (
@@ -15,6 +15,7 @@ from miss.kernels.quant_linear import (
     QuantRows,
     prepare,
     quant_linear,
+    quant_linear_into,
     quant_linear_rows,
     quant_linear_rows_quantised,
     quantise_rows,
@@ -39,6 +40,7 @@ def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
             yield _case(linear, dtype, "w8a8", shapes.device)
             if not linear.name.endswith("fc1"):  # whose result goes on as codes
                 yield _rows(linear, dtype, shapes.device)
+        yield _into(shapes.custom or shapes.image_kv(), dtype)
         for linear in _decoding(shapes):
             yield _case(linear, dtype, "w8", shapes.device)
             yield _case(linear, dtype, "w4", shapes.device)
@@ -86,6 +88,27 @@ def _case(linear: Linear, dtype: torch.dtype, scheme: str, device: torch.device)
         kind="int8" if whole else None,
         tolerance=2e-2 if whole and dtype == torch.float32 else None,  # a code that rounds the other way
         bind=_bind,
+    )  # fmt: skip
+
+
+def _into(linear: Linear, dtype: torch.dtype) -> Case:
+    """Keys and values of all layers, head by head."""
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        x = normal(generator, linear.rows, linear.columns, dtype=dtype)
+        bias = normal(generator, linear.outputs, dtype=dtype, size=0.1)
+        packed = int8_weight(generator, linear.outputs, linear.columns, True)
+        return x, packed, bias, by_pieces(linear.rows, linear.outputs, dtype)
+
+    def run(x: Tensor, weight: PackedWeight, bias: Tensor, out: Tensor) -> Bound:
+        prepared = prepare(weight)
+        return lambda: quant_linear_into(x, prepared, bias, out)
+
+    return Case(
+        "quant_linear_into", linear.label, f"{str(dtype).removeprefix('torch.')}/w8a8", make, quant_linear_into,
+        linear.flops, reads=linear.outputs * linear.columns + linear.rows * linear.columns * dtype.itemsize,
+        writes=linear.rows * linear.outputs * dtype.itemsize, kind="int8", bind=run,
+        tolerance=2e-2 if dtype == torch.float32 else None,  # a code that rounds the other way
     )  # fmt: skip
 
 

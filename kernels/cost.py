@@ -118,9 +118,11 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "cross_attention": _cross,
     "decode_attention": _decode,
     "linear": _linear,
+    "linear_into": _linear,
     "gelu_mlp": _linear,
     "quant_linear": _linear,
     "quant_linear_w8a8": _linear,
+    "quant_linear_into": _linear,
     "quant_linear_rows": _after_scale,
     "quant_linear_rows_quantised": _after_scale,
     "quantise_rows": lambda x: _QUANTISE * x.numel(),
@@ -131,13 +133,21 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "kv_append": _nothing,
     "kv_reorder": _nothing,
 }
-_INT8 = ("quant_linear_w8a8", "quant_linear_rows", "quant_linear_rows_quantised", "linear_top_k_w8a8")
+_INT8 = (
+    "quant_linear_w8a8",
+    "quant_linear_into",
+    "quant_linear_rows",
+    "quant_linear_rows_quantised",
+    "linear_top_k_w8a8",
+)
 # Where arguments end that are read once each: what comes after are other layouts of the same weight.
 _READ = {
     "linear": 4,
+    "linear_into": 3,
     "gelu_mlp": 3,
     "quant_linear": 5,
     "quant_linear_w8a8": 4,
+    "quant_linear_into": 4,
     "quant_linear_rows": 6,
     "quant_linear_rows_quantised": 5,
     "linear_top_k": 3,
@@ -158,7 +168,7 @@ def cost(op: str, args: tuple[Any, ...], result: Any) -> Cost:
     """
     if op not in _FLOPS:
         raise ValueError(f"no cost is known of {op}; known: {', '.join(_FLOPS)}")
-    writes = float(sum(t.nbytes for t in _tensors(result)))
+    writes = float(sum(t.nbytes for t in _tensors(args[-1] if op.endswith("_into") else result)))
     kind = "int8" if op in _INT8 or _is_int8_step(args) else "fp32" if "norm" in op else _kind(args)
     return Cost(_FLOPS[op](*args), *_traffic(op, args, writes), kind)
 

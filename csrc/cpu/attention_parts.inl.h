@@ -19,7 +19,7 @@ struct Element {
 template <>
 struct Element<DotBf16> {
   using Value = bf16;
-  static constexpr int POWER_TERMS = 4;  // 3e-6, where the result is rounded to 4e-3
+  static constexpr int POWER_TERMS = 3;  // 1e-4, where the result is rounded to 2e-3
 };
 
 struct Drop {  // dropout of a row
@@ -36,20 +36,19 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // 2 ** x for x <= 0 or a little above; 0 below -150, infinity's too; NaN at NaN.
 template <int TERMS>
 inline vf exp2(vf x) {
+  if (TERMS == 3) {  // exact at whole numbers, where the largest score's stands
+    const vf f = fraction(x);
+    vf p = fma(f, set1(7.826794625e-02f), set1(2.263077078e-01f));
+    p = fma(p, f, set1(6.954243459e-01f));
+    return scale_by_floor(fma(p, f, set1(1.0f)), x);
+  }
   x = max(set1(-160.0f), x);
   vf n = round(x), r = sub(x, n);
-  vf p;
-  if (TERMS == 4) {
-    p = fma(r, set1(9.582852866e-03f), set1(5.590642492e-02f));
-    p = fma(p, r, set1(2.402409862e-01f));
-    p = fma(p, r, set1(6.931241934e-01f));
-  } else {
-    p = fma(r, set1(1.535336182e-04f), set1(1.339887445e-03f));
-    p = fma(p, r, set1(9.618437358e-03f));
-    p = fma(p, r, set1(5.550332471e-02f));
-    p = fma(p, r, set1(2.402264791e-01f));
-    p = fma(p, r, set1(6.931472029e-01f));
-  }
+  vf p = fma(r, set1(1.535336182e-04f), set1(1.339887445e-03f));
+  p = fma(p, r, set1(9.618437358e-03f));
+  p = fma(p, r, set1(5.550332471e-02f));
+  p = fma(p, r, set1(2.402264791e-01f));
+  p = fma(p, r, set1(6.931472029e-01f));
   return scale_by(fma(p, r, set1(1.0f)), n);
 }
 
@@ -80,11 +79,17 @@ inline void tile(int num_rows, const Rows& a, const char* panel, float* sums, in
   }
 }
 
+// So many rows ahead of the one that is packed are asked for: where rows lie in pages of their own, and in each page anew,
+// the processor does not look ahead.
+constexpr int64_t AHEAD = 2 * LANES;
+
 // Rows become columns: panels[row / 64][word][row % 64], a row being `bytes` (a multiple of a vector's) long.
 inline void pack_as_columns(const char* from, int64_t stride, int64_t rows, int64_t bytes, char* panels) {
   for (int64_t row = 0; row < round_up(rows, LANES); row += LANES) {
     char* to = panels + row / PANEL * (bytes / 4 * STEP) + row % PANEL * 4;
     for (int64_t at = 0; at < bytes; at += LANES * 4) {
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) __builtin_prefetch(from + (row + i + AHEAD) * stride + at, 0, 3);
       vi words[LANES];
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i)
@@ -106,6 +111,7 @@ inline void pack_as_rows(const char* from, int64_t stride, int64_t rows, int64_t
     const char* a = from + group * GROUP * stride;
     for (int64_t column = 0; column < columns; column += WIDE) {
       char* to = panels + (column / PANEL * groups + group) * STEP + column % PANEL * 4;
+      for (int64_t i = 0; i < GROUP; ++i) __builtin_prefetch(a + (i + AHEAD) * stride + column * BYTES, 0, 3);
       vi low = load(reinterpret_cast<const int32_t*>(a + column * BYTES));
       if (GROUP == 2) {
         bool pair = group * 2 + 1 < rows;

@@ -111,6 +111,21 @@ class Step {
     }
   }
 
+  // gelu(x W^T + bias) of rows of codes, which becomes codes in turn: as linear.inl.h's own.
+  void product_for_codes(const DecoderMatrix& m, int64_t first, int64_t last, float* y) {
+    LinearArgs args = {};
+    args.columns = m.columns;
+    args.column_scale = m.column_scale;
+    args.offset = m.offset;
+    args.bias = m.bias;
+    args.bias_type = m.bias_type;
+    const Rows rows = {reinterpret_cast<const char*>(room_.codes), m.k, m.k};
+    const Coded<int32_t, true> coded{{args, y, 0, room_.code_scale}, nullptr};
+    chunks(c_.rows, CHUNK, [&](int64_t row, int count) {
+      stream_chunk<DotU8S8>(rows.from(row, 0, m.k), row, count, m.panels, m.columns, first, last, coded);
+    });
+  }
+
   void weight_only(const DecoderMatrix& m, const T* x, int64_t first, int64_t last, T* y, bool gelu) {
     WeightOnlyArgs args = {};
     args.rows = c_.rows;
@@ -251,13 +266,13 @@ class Step {
     const bool codes = l.input.kind == DecoderMatrix::Kind::w8a8 && l.output.kind == DecoderMatrix::Kind::w8a8;
     then(l.output);
     team_.share(blocks(m_.inner, PANEL), [&](int64_t first, int64_t last) {
-      if (codes) product(l.input, room_.x, first, last, room_.wide, true);
+      if (codes) product_for_codes(l.input, first, last, room_.wide);
       else product(l.input, room_.x, first, last, room_.inner, true);
     });
     rows_then([&](int64_t begin, int64_t end) {
       if (!codes) return feed(l.output, room_.inner, begin, end);
-      for (int64_t r = begin; r < end; ++r)
-        room_.code_scale[r] = quantise_row(room_.wide + r * m_.inner, m_.inner, room_.codes + r * m_.inner);
+      write_codes(room_.wide + begin * m_.inner, nullptr, end - begin, m_.inner, room_.codes + begin * m_.inner,
+                  room_.code_scale + begin);
     });
     add_norm(l.output, l.mlp_norm, room_.inner, next);
   }

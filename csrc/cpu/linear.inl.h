@@ -140,6 +140,51 @@ struct Spread {
   }
 };
 
+// The same for what becomes codes: numbers that are read once more, and the largest of each row on the way.
+template <class Sum, bool GELU>
+struct Coded {
+  Finish<Sum, float> finish;
+  int32_t* most;  // LANES a row, of the row `base` first, as in Largest; nullptr: not wanted
+
+  void prefetch(int64_t row, int num_rows, int64_t column, int num_columns) const {
+    finish.prefetch(row, num_rows, column, num_columns);
+  }
+
+  void operator()(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride) const {
+    const int64_t columns = finish.args.columns, first = row - finish.base;
+    float* y = finish.y + first * columns + column;
+    const float* scale = finish.row_scale + first;
+    vi largest[ROWS];
+    for (int r = 0; r < ROWS; ++r) largest[r] = zeroi();
+    for (int c = 0; c < num_columns; c += LANES) {
+      const int n = num_columns - c < LANES ? num_columns - c : LANES;
+      const auto own = finish.column(column + c, n);
+      for (int r = 0; r < num_rows; ++r) {
+        vf v = Finish<Sum, float>::number(sums + r * stride + c, own, scale + r);
+        if (GELU) v = gelu_for_codes(v);
+        put(y + r * columns + c, v, n);
+        largest[r] = maxi(largest[r], as_ints(abs(n == LANES ? v : load_n(y + r * columns + c, n))));
+      }
+    }
+    if (most == nullptr) return;
+    for (int r = 0; r < num_rows; ++r) {
+      int32_t* to = most + (first + r) * LANES;
+      store(to, column == 0 ? largest[r] : maxi(load(to), largest[r]));
+    }
+  }
+};
+
+// Rows of numbers (count, columns) as codes, `most` as Coded leaves it, or nullptr.
+void write_codes(const float* y, const int32_t* most, int64_t count, int64_t columns, uint8_t* codes,
+                        float* scale) {
+  for (int64_t r = 0; r < count; ++r) {
+    Largest largest;
+    if (most != nullptr) largest.most[0] = load(most + r * LANES);
+    else spans(columns, [&](int64_t i, auto span) { largest.see(get(y + r * columns + i, span), span); });
+    scale[r] = to_codes<true>(y + r * columns, columns, largest.value(), codes + r * columns);
+  }
+}
+
 template <class T>
 void quantise_rows(const T* x, int64_t first, int64_t last, int64_t k, int64_t stride, uint8_t* codes, float* scale) {
   for (int64_t r = first; r < last; ++r) scale[r - first] = quantise_row(x + r * stride, k, codes + (r - first) * k);
@@ -181,7 +226,7 @@ struct Source {
   }
 };
 
-// Threads share out the rows: each finishes its own, from quantising x to quantising y.
+// Threads share out the rows: each finishes its own.
 template <class Dot, class Out>
 void by_rows(const LinearArgs& args, const Source& source) {
   for_chunks(args.rows, [&](int64_t row, int count) {
@@ -192,46 +237,60 @@ void by_rows(const LinearArgs& args, const Source& source) {
       multiply_chunk<Dot>(a, row, count, args.panels, args.columns, 0, blocks(args.columns, PANEL), spread);
       return;
     }
-    if (args.codes == nullptr) {
-      Finish<typename Dot::Sum, Out> finish{args, reinterpret_cast<Out*>(args.y) + row * args.columns, row, row_scale};
-      multiply_chunk<Dot>(a, row, count, args.panels, args.columns, 0, blocks(args.columns, PANEL), finish);
-      return;
-    }
-    float* y = scratch_of<float>(2, count * args.columns);
-    Finish<typename Dot::Sum, float> finish{args, y, row, row_scale};
+    Finish<typename Dot::Sum, Out> finish{args, reinterpret_cast<Out*>(args.y) + row * args.columns, row, row_scale};
     multiply_chunk<Dot>(a, row, count, args.panels, args.columns, 0, blocks(args.columns, PANEL), finish);
-    quantise_rows(y, 0, count, args.columns, args.columns, args.codes + row * args.columns, args.codes_scale + row);
   });
 }
 
-// Few rows: threads share out the panels. `y`: where the whole of it is gathered.
+// Few rows: threads share out the panels.
 template <class Dot, class Out>
-void by_panels(const LinearArgs& args, const Source& source, Out* y) {
+void by_panels(const LinearArgs& args, const Source& source) {
   const float* row_scale;
   Rows a = source.rows(0, static_cast<int>(args.rows), &row_scale);
-  const Finish<typename Dot::Sum, Out> finish{args, y, 0, row_scale};
+  const Finish<typename Dot::Sum, Out> finish{args, reinterpret_cast<Out*>(args.y), 0, row_scale};
   if (args.places == nullptr) multiply<Dot>(a, args.rows, args.panels, args.columns, finish);
   else multiply<Dot>(a, args.rows, args.panels, args.columns, Spread<typename Dot::Sum, Out>{finish});
+}
+
+// Codes for the next product: of int8 products, without a residual. A row's are the same either way.
+template <bool GELU>
+void to_codes_of(const LinearArgs& args, const Source& source) {
+  const int64_t columns = args.columns;
+  if (split_rows(args.rows)) {
+    for_chunks(args.rows, [&](int64_t row, int count) {
+      const float* row_scale;
+      const Rows a = source.rows(row, count, &row_scale);
+      float* y = scratch_of<float>(2, count * columns);
+      alignas(64) int32_t most[MOST_ROWS * LANES] = {};
+      const Coded<int32_t, GELU> coded{{args, y, row, row_scale}, most};
+      multiply_chunk<DotU8S8>(a, row, count, args.panels, columns, 0, blocks(columns, PANEL), coded);
+      write_codes(y, most, count, columns, args.codes + row * columns, args.codes_scale + row);
+    });
+    return;
+  }
+  float* y = scratch_of<float>(2, args.rows * columns);
+  const float* row_scale;
+  const Rows a = source.rows(0, static_cast<int>(args.rows), &row_scale);
+  multiply<DotU8S8>(a, args.rows, args.panels, columns, Coded<int32_t, GELU>{{args, y, 0, row_scale}, nullptr});
+  parallel(args.rows, 8, [&](int64_t begin, int64_t end) {
+    write_codes(y + begin * columns, nullptr, end - begin, columns, args.codes + begin * columns,
+                args.codes_scale + begin);
+  });
 }
 
 template <class Dot>
 void run(const LinearArgs& args, bool quantised) {
   Source source{args, quantised};
-  bool wide = args.codes != nullptr || args.y_type == Type::f32;
+  bool wide = args.y_type == Type::f32;
   if (split_rows(args.rows)) return wide ? by_rows<Dot, float>(args, source) : by_rows<Dot, bf16>(args, source);
-  if (args.codes != nullptr) {
-    float* y = scratch_of<float>(2, args.rows * args.columns);
-    by_panels<Dot, float>(args, source, y);
-    quantise(reinterpret_cast<const char*>(y), Type::f32, args.rows, args.columns, args.columns, args.codes,
-             args.codes_scale);
-    return;
-  }
-  if (wide) by_panels<Dot, float>(args, source, reinterpret_cast<float*>(args.y));
-  else by_panels<Dot, bf16>(args, source, reinterpret_cast<bf16*>(args.y));
+  if (wide) by_panels<Dot, float>(args, source);
+  else by_panels<Dot, bf16>(args, source);
 }
 
 void forward(const LinearArgs& args) {
-  if (args.column_scale != nullptr) run<DotU8S8>(args, args.x_type != Type::u8);
+  const bool numbers = args.x_type != Type::u8;
+  if (args.codes != nullptr) args.gelu ? to_codes_of<true>(args, {args, numbers}) : to_codes_of<false>(args, {args, numbers});
+  else if (args.column_scale != nullptr) run<DotU8S8>(args, numbers);
   else if (args.x_type == Type::f32) run<DotF32>(args, false);
   else run<DotBf16>(args, false);
 }

@@ -23,11 +23,10 @@ struct Largest {
     most[Span::sum] = maxi(most[Span::sum], as_ints(abs(x)));
   }
   float value() const {
-    alignas(64) int32_t lanes[4 * LANES];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) store(lanes + i * LANES, most[i]);
+    alignas(64) int32_t lanes[LANES];
+    store(lanes, maxi(maxi(most[0], most[1]), maxi(most[2], most[3])));
     int32_t bits = 0;
-    for (int i = 0; i < 4 * LANES; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
+    for (int i = 0; i < LANES; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
     float x;
     memcpy(&x, &bits, 4);
     return x;
@@ -38,7 +37,8 @@ struct Largest {
 // has scale NaN and codes 128, so that its product is NaN. `largest` is as Largest gives it.
 // The sum with 1.5 * 2 ** 23 + 128 has the code in its lowest byte: such floats are whole, and sums round to even. (The
 // reciprocal's product with a correction, instead of the division, takes as long: 99 ns a row of 768, in L2.)
-template <class T>
+// ROUGH: by the reciprocal alone, which moves only what lies within 1e-5 of a step from the middle of two codes.
+template <bool ROUGH = false, class T>
 inline float to_codes(const T* row, int64_t width, float largest, uint8_t* codes) {
   if (!(largest <= 3.4028234664e38f)) {
     memset(codes, 128, static_cast<size_t>(width));
@@ -46,9 +46,10 @@ inline float to_codes(const T* row, int64_t width, float largest, uint8_t* codes
   }
   float scale = largest > 0.0f ? largest / 127.0f : 1.0f;
   if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
-  const vf step = set1(scale), shift = set1(12583040.0f);
+  const vf step = set1(ROUGH ? 1.0f / scale : scale), shift = set1(12583040.0f);
   spans(width, [&](int64_t i, auto span) {
-    put_byte(codes + i, as_ints(add(div(get(row + i, span), step), shift)), span);
+    const vf x = get(row + i, span);
+    put_byte(codes + i, as_ints(ROUGH ? fma(x, step, shift) : add(div(x, step), shift)), span);
   });
   return scale;
 }

@@ -49,6 +49,9 @@ inline void interleave(vi a, vi b, vi& low, vi& high) {
 
 // a times 2 ** n for whole n.
 inline vf scale_by(vf a, vf n) { return _mm512_scalef_ps(a, n); }
+// x - floor(x), 0 at both infinities, and a * 2 ** floor(x).
+inline vf fraction(vf x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+inline vf scale_by_floor(vf a, vf x) { return _mm512_scalef_ps(a, x); }
 
 // a's first n elements, b's others.
 inline vf first_of(vf a, int n, vf b) { return _mm512_mask_blend_ps(first(n), b, a); }
@@ -85,6 +88,11 @@ inline void interleave(vi a, vi b, vi& low, vi& high) {
 }
 
 inline vf scale_by(vf a, vf n) { return mul(a, power_of_two(n)); }
+inline vf fraction(vf x) {
+  const vf bounded = max(set1(-160.0f), x);  // hands NaN on
+  return sub(bounded, _mm256_floor_ps(bounded));
+}
+inline vf scale_by_floor(vf a, vf x) { return scale_by(a, _mm256_floor_ps(max(set1(-160.0f), x))); }
 inline vf first_of(vf a, int n, vf b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(first(n))); }
 
 #endif

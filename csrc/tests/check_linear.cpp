@@ -89,8 +89,51 @@ static void int8(int64_t rows, int64_t columns, int64_t k, bool to_codes) {
         continue;
       }
       double step = codes_scale[r];
-      check::near((codes[r * columns + c] - 128) * step, gelu(wanted), 0.501 * step + 1e-5, "int8 linear to codes");
+      check::near((codes[r * columns + c] - 128) * step, gelu(wanted), 0.501 * step + 6e-5 * fabs(wanted) + 1e-5,
+                  "int8 linear to codes");
     }
+}
+
+// y in pieces: what the plain product gives, where the places say, and nothing beside them.
+template <class T>
+static void spread(int64_t images, int64_t tokens, int64_t pieces, int64_t piece, int64_t k) {
+  const int64_t rows = images * tokens, columns = pieces * piece, group = 4 / static_cast<int64_t>(sizeof(T));
+  const int64_t gap = 3, token = piece + gap, outer = pieces * tokens * token;  // (images, pieces, tokens, piece + gap)
+  Buffer<T> x(rows * k), weight(columns * k), bias(columns), y(rows * columns), out(images * outer);
+  Buffer<T> panels(blocks(columns, 64) * 64 * blocks(k, group) * group);
+  Buffer<int64_t> places(pieces);
+  randomise(x);
+  randomise(weight);
+  randomise(bias);
+  randomise(out);
+  Buffer<T> before(out.count());
+  for (int64_t i = 0; i < out.count(); ++i) before[i] = out[i];
+  for (int64_t i = 0; i < pieces; ++i) places[i] = (pieces - 1 - i) * tokens * token;
+  pack(weight, columns, k, false, panels, nullptr);
+  miss::LinearArgs args = {};
+  args.x = x.chars();
+  args.x_type = args.y_type = args.bias_type = check::type_of<T>();
+  args.rows = rows;
+  args.columns = columns;
+  args.k = args.x_stride = k;
+  args.panels = panels.chars();
+  args.bias = bias.chars();
+  args.y = y.chars();
+  miss::linear_kernels().forward(args);
+  args.y = out.chars();
+  args.places = places.data();
+  args.piece = piece;
+  args.y_tokens = tokens;
+  args.y_outer = outer;
+  args.y_token = token;
+  miss::linear_kernels().forward(args);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < pieces; ++i)
+      for (int64_t c = 0; c < token; ++c) {
+        const int64_t at = places[i] + r / tokens * outer + r % tokens * token + c;
+        const T wanted = c < piece ? y[r * columns + i * piece + c] : before[at];
+        check::near(number(out[at]), number(wanted), 0.0, "linear, in pieces");
+      }
 }
 
 // What a weight's gradient is made of: y = A B^T over panels of both, sums over rows, gelu's slope.
@@ -141,6 +184,11 @@ MISS_CHECK(linear) {
         floats<miss::bf16>(rows, columns, k, extras, 8e-3);
         int8(rows, columns, k, extras);
       }
+  for (int64_t piece : {32, 64})
+    for (int64_t tokens : {1, 7, 151}) {
+      spread<float>(2, tokens, 3, piece, 66);
+      spread<miss::bf16>(1, tokens, 5, piece, 67);
+    }
   floats<float>(7, 65, 1031, true, 1e-5);
   floats<miss::bf16>(7, 65, 2053, true, 8e-3);
   int8(7, 65, 4099, true);

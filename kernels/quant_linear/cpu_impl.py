@@ -82,7 +82,7 @@ def rows_quantised(
     panels: Tensor,
     offset: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    bias = None if bias is None else _bias(bias, torch.float32)
+    bias = None if bias is None else _bias(bias, torch.bfloat16 if bias.dtype == torch.bfloat16 else torch.float32)
     return _ops.linear_int8_codes(codes.contiguous(), row_scale.contiguous(), panels, offset, scale, bias, gelu)
 
 

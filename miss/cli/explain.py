@@ -21,15 +21,18 @@ from miss.kernels.decoder_step import prepare as prepare_decoder
 from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.kv_cache import kv_append, kv_reorder
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
-from miss.kernels.linear import linear, prepare
+from miss.kernels.linear import linear, linear_into, prepare
 from miss.kernels.linear_top_k import linear_at, linear_top_k
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import (
     PackedWeight,
     pack_int4,
     pack_int8,
+    pack_llm_int8,
+    pack_nf4,
     quant_embedding,
     quant_linear,
+    quant_linear_into,
     quant_linear_rows,
     quant_linear_rows_quantised,
     quantise_rows,
@@ -113,6 +116,10 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
     def new() -> Tensor:
         return s.heads_of(s.rows).detach()
 
+    def by_head() -> Tensor:
+        """(I, N, H, D), in memory head by head."""
+        return s.heads_of(s.images).new_empty(s.images, s.heads, s.tokens, s.head).transpose(1, 2)
+
     def attend() -> Tensor:
         q, k, v = s.leaf(s.images, s.tokens, 3, vision.num_heads, wide // vision.num_heads).unbind(2)
         return attention(q, k, v)
@@ -168,6 +175,7 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
             s.leaf(*text).detach(), s.leaf(*text).detach(), s.leaf(width).detach(), s.leaf(width).detach()
         ),
         "linear": lambda: project(s.leaf(*image), s.leaf(wide, wide)),
+        "linear_into": lambda: linear_into(s.leaf(*image).detach(), s.leaf(width, wide).detach(), None, by_head()),
         "gelu_mlp": lambda: expand(s.leaf(*image), s.leaf(inner, wide)),
         "attention": attend,
         "attention_varlen": lambda: attention_varlen(
@@ -182,7 +190,10 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
             s.leaf(s.rows * 5, width), s.leaf(vocabulary, width), s.leaf(vocabulary), labels(), 0.1
         ),
         "quant_linear": lambda: quant_linear(s.leaf(*text), int4()),
+        "quant_linear_nf4": lambda: quant_linear(s.leaf(*text), pack_nf4(matrix(inner, width))),
+        "quant_linear_llm_int8": lambda: quant_linear(s.leaf(*text), pack_llm_int8(matrix(inner, width))),
         "quant_linear_w8a8": lambda: quant_linear(s.leaf(*image), int8(inner)),
+        "quant_linear_into": lambda: quant_linear_into(s.leaf(*image).detach(), int8(width), None, by_head()),
         "quantise_rows": lambda: quantise_rows(s.leaf(*image)),
         "quant_linear_rows": lambda: quant_linear_rows(quantise_rows(s.leaf(*image)), int8(wide), dtype=s.dtype),
         "quant_linear_rows_quantised": lambda: quant_linear_rows_quantised(

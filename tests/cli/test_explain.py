@@ -20,7 +20,7 @@ def test_every_operation_is_explained(capsys):
     mine = {name for name, op in OPS.items() if op.impls[0].run.__module__.startswith("miss.")}
     assert {c["op"] for c in choices} >= {name for name in mine if not name.endswith(BACKWARD)}
     assert all(c["runs"] == next(row["name"] for row in c["candidates"] if row["reason"] is None) for c in choices)
-    assert {c["runs"] for c in choices} <= {"cpu", "torch", "composed"}
+    assert {c["runs"] for c in choices} <= {"cpu", "torch", "composed", "bitsandbytes"}
     assert all(c["candidates"][-1] == {"name": "reference", "reason": None} for c in choices)
 
 

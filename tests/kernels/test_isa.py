@@ -21,6 +21,8 @@ from tests.helpers import assert_as_good_as, route, run_python
 
 SUPPORTED = [] if isinstance(extension._module(), str) else extension._module().supported()
 SLACK: dict[str, float] = {}
+# A gelu that is good for codes: one code in a thousand is the next, and a row's scale 5e-5 of itself off.
+LEAST = {("quant_linear_rows_quantised", torch.uint8): 1.0, ("quant_linear_rows_quantised", torch.float32): 1e-4}
 Run = tuple[Op, tuple[Any, ...]]
 
 
@@ -106,7 +108,8 @@ def compare(op: Op, args: tuple[Any, ...]) -> None:
         if g is None or p is None or e is None:
             continue
         if p.shape == e.shape or i == 0:  # what a row keeps for its own backward may differ
-            assert_as_good_as(g, p, e, SLACK.get(op.name, 2.0), 2e-6, f"{op.name}, {g.dtype}, result {i}")
+            least = LEAST.get((op.name, g.dtype), 2e-6)
+            assert_as_good_as(g, p, e, SLACK.get(op.name, 2.0), least, f"{op.name}, {g.dtype}, result {i}")
 
 
 def check() -> None:
