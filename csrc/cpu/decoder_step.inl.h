@@ -122,7 +122,8 @@ class Step {
     const Rows rows = {reinterpret_cast<const char*>(room_.codes), m.k, m.k};
     const Coded<int32_t, true> coded{{args, y, 0, room_.code_scale}, nullptr};
     chunks(c_.rows, CHUNK, [&](int64_t row, int count) {
-      stream_chunk<DotU8S8>(rows.from(row, 0, m.k), row, count, m.panels, m.columns, first, last, coded);
+      stream_chunk<DotU8S8>(rows.from(row, 0, m.k), row, count, m.panels, m.columns, first, last, next_,
+                            coded);
     });
   }
 
