@@ -114,11 +114,11 @@ def test_errors_reach_those_who_await_them(engine, monkeypatch):
                 await front.answer(b"not an image", "ct")
             with pytest.raises(DeadlinePassed):
                 await front.answer(image(0), "ct", timeout=1e-9)
-            decode = engine.model.decode
-            monkeypatch.setattr(engine.model, "decode", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
-            with pytest.raises(EngineFault):
-                await front.answer(image(0), "ct")
-            monkeypatch.setattr(engine.model, "decode", decode)
+            with monkeypatch.context() as broken:
+                for name in ("decode", "decode_best"):
+                    broken.setattr(engine.model, name, lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+                with pytest.raises(EngineFault):
+                    await front.answer(image(0), "ct")
             return await front.answer(image(0), "ct")
 
     assert asyncio.run(main()).token_ids

@@ -50,11 +50,14 @@ def image(number):
     return np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
 
 
+DECODES = ("decode", "decode_best")  # a step where searches want anything, and where they want best tokens alone
+
+
 def poison(engine, monkeypatch, where, error, words=POISON):
     """The model's method runs out of memory whenever the question with these words is in the batch."""
     word = engine.processor.tokenizer.token_to_id(words)
     slots = set()
-    encode, decode = engine.model.encode, engine.model.decode
+    encode = engine.model.encode
 
     def on_encode(image_kv, index, ids, lengths, cache, into):
         bad = (ids == word).any(1)
@@ -64,14 +67,20 @@ def poison(engine, monkeypatch, where, error, words=POISON):
             raise error
         return encode(image_kv, index, ids, lengths, cache, into)
 
-    def on_decode(tokens, cache, rows, positions, questions):
-        if where == "decode" and slots & set(questions.tolist()) and int(positions.max()) > 0:
-            decode(tokens, cache, rows, positions, questions)  # so that it has written to the cache before
-            raise error
-        return decode(tokens, cache, rows, positions, questions)
+    def failing(decode):
+        def on_decode(tokens, cache, rows, positions, questions, *more):
+            done = decode(
+                tokens, cache, rows, positions, questions, *more
+            )  # so that it has written to the cache before
+            if where == "decode" and slots & set(questions.tolist()) and int(positions.max()) > 0:
+                raise error
+            return done
+
+        return on_decode
 
     monkeypatch.setattr(engine.model, "encode", on_encode)
-    monkeypatch.setattr(engine.model, "decode", on_decode)
+    for name in DECODES:
+        monkeypatch.setattr(engine.model, name, failing(getattr(engine.model, name)))
 
 
 def balanced(engine):
@@ -127,15 +136,15 @@ def test_out_of_memory_in_the_image_fails_those_who_asked_about_it(engine, monke
 def test_a_fault_in_a_step_is_raised_and_nobody_waits_for_ever(folder, engine, monkeypatch):
     running = [engine.add(image(0), q) for q in QUESTIONS[:3]]
     engine.step()
-    decode = engine.model.decode
-    monkeypatch.setattr(engine.model, "decode", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
-        while True:
-            engine.step()
+    with monkeypatch.context() as broken:
+        for name in DECODES:
+            broken.setattr(engine.model, name, lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+        with pytest.raises(RuntimeError, match="a bug"):
+            while engine.busy:
+                engine.step()
     assert all(isinstance(r.error, EngineFault) and str(r.error.__cause__) == "a bug" for r in running if r.error)
     assert any(r.error for r in running)
     idle(engine)
-    monkeypatch.setattr(engine.model, "decode", decode)
     same(engine.answer(image(0), "ct"), Engine.load(folder).answer(image(0), "ct"))
 
 
@@ -301,15 +310,17 @@ class Life(RuleBasedStateMachine):
         )
         self.engine = Engine.load(self.folder, config=config)
         self.failing = False
-        decode = self.engine.model.decode
+        for name in DECODES:
+            setattr(self.engine.model, name, self.sometimes(getattr(self.engine.model, name)))
+        self.asked = []
 
+    def sometimes(self, decode):
         def on_decode(*arguments):
             if self.failing and len(arguments[0]) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return decode(*arguments)
 
-        self.engine.model.decode = on_decode
-        self.asked = []
+        return on_decode
 
     @rule(
         number=st.integers(0, 3),
