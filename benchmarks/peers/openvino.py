@@ -5,8 +5,9 @@ Knows openvino and nncf; does not know other peers. `openvino-bf16`, `openvino-i
   int8   images and questions quantised after calibration on real images (model type TRANSFORMER: smoothed), the
          decoder's weights to int8
   wint8  all weights to int8; OpenVINO then quantises activations as they come
-Settings that were the fastest of those tried on two Zen 4 cores at base, 384 px, one question: static shapes, the
-latency hint, bfloat16 for what is not int8, symmetric codes, groups of 128 for activations (32: 20 % slower).
+Settings that were the fastest of about a dozen tried, by end-to-end time alone, on two Zen 4 cores at base, 384 px, one
+question: static shapes, the latency hint, bfloat16 for what is not int8, symmetric codes, groups of 128 for activations
+(32 was slower).
 """
 
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ class _Requests:
         settings = self._settings | ({} if group is None else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": group})
         if name == "step":
             # OpenVINO 2026.4's fused attention gives wrong answers here (static, bfloat16, masked keys: logits off by
-            # their own size); unfused they are right, at no cost that shows: it is over a dozen keys.
+            # their own size); unfused they are right. What it costs was not measured: it is over a dozen keys.
             settings |= {"SNIPPETS_MODE": "DISABLE"}
         return self._core.compile_model(model, "CPU", settings).create_infer_request()
 
