@@ -3,6 +3,7 @@
 Knows the public functions of the operations and a preset's sizes; does not know any implementation.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -190,8 +191,7 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
             s.leaf(s.rows * 5, width), s.leaf(vocabulary, width), s.leaf(vocabulary), labels(), 0.1
         ),
         "quant_linear": lambda: quant_linear(s.leaf(*text), int4()),
-        "quant_linear_nf4": lambda: quant_linear(s.leaf(*text), pack_nf4(matrix(inner, width))),
-        "quant_linear_llm_int8": lambda: quant_linear(s.leaf(*text), pack_llm_int8(matrix(inner, width))),
+        **library_calls(lambda: s.leaf(*text), lambda: matrix(inner, width)),
         "quant_linear_w8a8": lambda: quant_linear(s.leaf(*image), int8(inner)),
         "quant_linear_into": lambda: quant_linear_into(s.leaf(*image).detach(), int8(width), None, by_head()),
         "quantise_rows": lambda: quantise_rows(s.leaf(*image)),
@@ -228,6 +228,16 @@ def one_layer(s: Shapes) -> Decoder:
     words, places = (s.leaf(rows, width).detach() for rows in (s.config.decoder.vocab_size, 40))
     head = dense(s.config.decoder.vocab_size, width)
     return Decoder(words, places, norm(), (layer,), dense(width, width), norm(), head, s.heads)
+
+
+def library_calls(x: Callable[[], Tensor], weight: Callable[[], Tensor]) -> dict[str, Callable[[], Any]]:
+    """Of weights that bitsandbytes packs: only where it is installed; `miss kernels list` names them anywhere."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {}
+    return {
+        "quant_linear_nf4": lambda: quant_linear(x(), pack_nf4(weight())),
+        "quant_linear_llm_int8": lambda: quant_linear(x(), pack_llm_int8(weight())),
+    }
 
 
 def observe(call: Callable[[], Any]) -> list[Choice]:
