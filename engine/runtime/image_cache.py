@@ -143,6 +143,7 @@ class ImageCache:
         # Pages of the pool take memory once they are written.
         self._pool = new_room(tokens, count, tokens.shape[1], shape, stays=True)
         self._free = list(range(count))
+        self._slots.clear()  # what they named lay in another pool
 
     def _place(self, key: bytes, in_use: set[int]) -> int | None:
         """A pool slot for `key`, the least recently used one's if there is no free one."""
