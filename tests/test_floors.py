@@ -23,7 +23,12 @@ ROOMS = {  # inside engine/: what else a room may import
 BENCHES = ["miss/cli/bench.py", "miss/cli/profile.py"]  # they measure, or hold against measured ceilings
 UNPICKLES = ["engine/training/zero.py"]  # its own run folder, whose manifest is verified first
 DOORS = {  # a foreign package, and the only files that may import it
-    "triton": ["kernels/*/triton_impl.py", "kernels/offline.py"],
+    "triton": [
+        "kernels/*/triton_impl.py",
+        "kernels/*/triton_*_impl.py",
+        "kernels/offline.py",
+        "kernels/triton_parts.py",
+    ],
     "flash_attn": ["kernels/attention/*_impl.py"],
     "flash_attn_interface": ["kernels/attention/*_impl.py"],
     "xformers": ["kernels/attention/*_impl.py"],
@@ -202,6 +207,8 @@ def test_what_is_refused(here, source, says):
         ("kernels/gelu_mlp/op.py", "def f():\n    from miss.kernels.gelu_mlp import triton_impl"),
         ("kernels/gelu_mlp/triton_impl.py", "import triton"),
         ("kernels/offline.py", "import triton"),
+        ("kernels/triton_parts.py", "import triton"),
+        ("kernels/gelu_mlp/triton_backward_impl.py", "import triton"),
         ("kernels/attention/flash_attn_impl.py", "import flash_attn"),
         ("engine/serving/app.py", "from miss.engine.runtime.engine import Engine\nimport fastapi"),
         ("engine/runtime/engine.py", "from miss.engine.data.images import decode_image\nfrom miss.models import vqa"),
