@@ -21,6 +21,7 @@ kept as `slope` (B,), so that a backward pass makes dstudent alone. teacher, bat
 Source: arXiv 2107.07651 (ALBEF), 2201.12086 (BLIP).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,20 +29,46 @@ from torch import Tensor
 
 from miss.kernels.contrastive import reference, torch_impl
 from miss.kernels.dropout import Seed, as_seed
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator
+from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, accumulator, lazy
+
+WIDEST = 256  # columns of a feature that a program of the Triton row holds on chip
+
+
+def _limits(student: Tensor, teacher: Tensor, batch: Tensor, queue: Tensor, *_: object) -> str | None:
+    if not student.dtype == teacher.dtype == batch.dtype == queue.dtype:
+        return "takes features of one dtype"
+    return None if 0 < student.shape[1] <= WIDEST else f"takes 1 to {WIDEST} columns"
+
+
+def _backward_limits(dloss: Tensor, student: Tensor, *rest: Any) -> str | None:
+    return _limits(student, *rest) if student.dtype in FLOATS else "takes float32, float16 and bfloat16"
+
+
+def _negatives_limits(rows: Tensor, batch: Tensor, *_: object) -> str | None:
+    return _limits(rows, rows, batch, batch)
+
+
+def triton(function: str, limits: Callable[..., str | None]) -> Impl:
+    """The `triton` row of one of this folder's tables."""
+    run = lazy("contrastive.triton_impl", function)
+    return Impl("triton", run, device="cuda", capability=(8, 0), requires="triton", limits=limits)
+
 
 FORWARD = Op(
     "contrastive",
+    triton("forward", _limits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
     "contrastive_backward",
+    triton("backward", _backward_limits),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )
 NEGATIVES = Op(
     "hard_negatives",
+    triton("hard_negatives", _negatives_limits),
     Impl("torch", torch_impl.hard_negatives, dtypes=ALL_FLOATS),
     Impl("reference", reference.hard_negatives, dtypes=ALL_FLOATS),
 )

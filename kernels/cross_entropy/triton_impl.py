@@ -27,7 +27,6 @@ LAUNCHES: dict[str, tuple[Launch, ...]] = {
     "many": (
         Launch({"BM": 64, "BN": 128, "BK": 64}, 4, 3),
         Launch({"BM": 128, "BN": 128, "BK": 64}, 8, 3),
-        Launch({"BM": 128, "BN": 256, "BK": 64}, 8, 3),
     ),
     "float32": (Launch({"BM": 32, "BN": 64, "BK": 32}, 4, 2),),
 }
