@@ -17,12 +17,28 @@ import torch
 from torch import Tensor
 
 from miss.kernels.ema import reference, torch_impl
-from miss.kernels.registry import Impl, Op
+from miss.kernels.registry import FLOATS, Impl, Op, lazy
 
 AVERAGES = frozenset({torch.float32, torch.float64})
 
+
+def _limits(first: Tensor, averages: list[Tensor], values: list[Tensor], momentum: float) -> str | None:
+    if not all(a.is_contiguous() and v.is_contiguous() for a, v in zip(averages, values, strict=True)):
+        return "takes contiguous tensors"
+    return None if all(v.dtype in FLOATS for v in values) else "takes float32, float16 and bfloat16 values"
+
+
 UPDATE = Op(
     "ema",
+    Impl(
+        "triton",
+        lazy("ema.triton_impl", "update"),
+        device="cuda",
+        capability=(8, 0),
+        dtypes=frozenset({torch.float32}),
+        requires="triton",
+        limits=_limits,
+    ),
     Impl("torch", torch_impl.update, dtypes=AVERAGES),
     Impl("reference", reference.update, dtypes=AVERAGES),
 )
