@@ -103,6 +103,14 @@ def _norm_quantised(x: Tensor, *_: Any) -> float:
     return (_NORM + _QUANTISE) * x.numel()
 
 
+def _contrast(student: Tensor, teacher: Tensor, batch: Tensor, queue: Tensor, *_: Any) -> float:
+    return 4.0 * student.numel() * (len(batch) + len(queue))
+
+
+def _average(first: Tensor, averages: list[Tensor], *_: Any) -> float:
+    return 3.0 * sum(a.numel() for a in averages)
+
+
 def _nothing(*_: Any) -> float:
     return 0.0
 
@@ -130,6 +138,9 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "linear_top_k": _linear,
     "linear_top_k_w8a8": _linear,
     "decoder_step": _step,
+    "contrastive": _contrast,
+    "hard_negatives": _linear,
+    "ema": _average,
     "kv_append": _nothing,
     "kv_reorder": _nothing,
 }
@@ -169,7 +180,7 @@ def cost(op: str, args: tuple[Any, ...], result: Any) -> Cost:
     if op not in _FLOPS:
         raise ValueError(f"no cost is known of {op}; known: {', '.join(_FLOPS)}")
     writes = float(sum(t.nbytes for t in _tensors(args[-1] if op.endswith("_into") else result)))
-    kind = "int8" if op in _INT8 or _is_int8_step(args) else "fp32" if "norm" in op else _kind(args)
+    kind = "int8" if op in _INT8 or _is_int8_step(args) else "fp32" if "norm" in op or op == "ema" else _kind(args)
     return Cost(_FLOPS[op](*args), *_traffic(op, args, writes), kind)
 
 
@@ -191,6 +202,8 @@ def _traffic(op: str, args: tuple[Any, ...], writes: float) -> tuple[float, floa
     if op == "kv_reorder":
         moved = 2.0 * len(args[2]) * args[0][0].nbytes
         return moved, moved
+    if op == "ema":  # the first argument is the list's first, too
+        return float(sum(t.nbytes for t in _tensors(args[1:]))), float(sum(t.nbytes for t in args[1]))
     if op == "quant_embedding":
         return writes, writes
     return float(sum(t.nbytes for t in _tensors(args[: _READ.get(op, len(args))]))), writes

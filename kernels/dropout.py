@@ -67,17 +67,31 @@ def _shift_xor(z: Tensor, bits: int) -> Tensor:
     return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
 
 
+def _words(seed: Tensor, count: int, device: torch.device) -> Tensor:
+    """h(0) … h(count - 1) as int64."""
+    z = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+    z = z.mul_(_WEYL).add_(seed if seed.device.type == "cpu" else seed.to(device))
+    z = _shift_xor(z, 30).mul_(_FIRST)
+    z = _shift_xor(z, 27).mul_(_SECOND)
+    return _shift_xor(z, 31)
+
+
+def uniform(seed: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Float32 numbers inside (0, 1): (k + 1/2) / 2**23, k the highest 23 bits of h(index), one word an element.
+
+    Every value is exact in float32, and neither 0 nor 1: log() of it and of that again are finite.
+    """
+    words = (_words(seed, math.prod(shape), device) >> 41).bitwise_and_((1 << 23) - 1)
+    return words.float().add_(0.5).mul_(2.0**-23).view(tuple(shape))
+
+
 def keep_mask(seed: Tensor, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """The bool mask of `shape` on `device`, True where an element is kept.
 
     seed: int64 0-dim (`as_seed`), on CPU or on `device`: then nothing waits for the device.
     """
     count = math.prod(shape)
-    z = torch.arange(1, (count + 3) // 4 + 1, dtype=torch.int64, device=device)
-    z = z.mul_(_WEYL).add_(seed if seed.device.type == "cpu" else seed.to(device))
-    z = _shift_xor(z, 30).mul_(_FIRST)
-    z = _shift_xor(z, 27).mul_(_SECOND)
-    z = _shift_xor(z, 31)
+    z = _words(seed, (count + 3) // 4, device)
     fields = z.view(torch.int16)[:count]  # little-endian: the lowest 16 bits come first
     return (fields >= min(round(p * _STEPS), _STEPS - 1) - _STEPS // 2).view(tuple(shape))
 

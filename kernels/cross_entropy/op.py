@@ -16,6 +16,7 @@ products; dhidden = dz @ weight; dweight = dz.T @ hidden; dbias = sum(dz). lse i
 Source: arXiv 1512.00567 (label smoothing), with torch.nn.functional.cross_entropy's meaning of e.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +24,27 @@ from torch import Tensor
 
 from miss.kernels import extension
 from miss.kernels.cross_entropy import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, accumulator, autocast_to, lazy
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def _triton_limits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str | None:
+    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
+        return "takes hidden, weight and bias of one dtype"
+    return None if weight.numel() else "needs at least one word and one column"
+
+
+def _triton_backward_limits(dloss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    if hidden.dtype not in FLOATS:
+        return "takes float32, float16 and bfloat16"
+    return _triton_limits(hidden, weight, *rest)
+
+
+def triton(function: str, limits: Callable[..., str | None]) -> Impl:
+    """The `triton` row of one of this folder's tables."""
+    run = lazy("cross_entropy.triton_impl", function)
+    return Impl("triton", run, device="cuda", capability=(8, 0), requires="triton", limits=limits)
 
 
 def _limits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str | None:
@@ -53,6 +72,7 @@ FORWARD = Op(
         limits=_limits,
         composite=True,
     ),
+    triton("forward", _triton_limits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
@@ -66,6 +86,7 @@ BACKWARD = Op(
         needs=extension.missing,
         limits=_backward_limits,
     ),
+    triton("backward", _triton_backward_limits),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )

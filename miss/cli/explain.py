@@ -14,11 +14,13 @@ from torch import Tensor
 
 from miss.kernels import extension, registry
 from miss.kernels.attention import attention, attention_varlen
+from miss.kernels.contrastive import contrastive_loss, hard_negatives
 from miss.kernels.cross_attention import KV, Tokens, cross_attention
 from miss.kernels.cross_entropy import linear_cross_entropy
 from miss.kernels.decode_attention import decode_attention
 from miss.kernels.decoder_step import Cache, Decoder, Layer, Matrix, Norm, decoder_step
 from miss.kernels.decoder_step import prepare as prepare_decoder
+from miss.kernels.ema import ema_
 from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.kv_cache import kv_append, kv_reorder
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
@@ -190,6 +192,13 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "linear_cross_entropy": lambda: linear_cross_entropy(
             s.leaf(s.rows * 5, width), s.leaf(vocabulary, width), s.leaf(vocabulary), labels(), 0.1
         ),
+        "contrastive": lambda: contrastive_loss(
+            *(s.leaf(rows, 256) for rows in (s.rows, s.rows, s.rows, 512)), torch.full((), 0.07, device=s.device), 0.4
+        ),
+        "hard_negatives": lambda: hard_negatives(
+            s.leaf(s.rows, 256), s.leaf(s.rows, 256), torch.full((), 0.07, device=s.device), 1
+        ),
+        "ema": lambda: ema_([torch.zeros(width, device=s.device)], [s.leaf(width)], 0.995),
         "quant_linear": lambda: quant_linear(s.leaf(*text), int4()),
         **library_calls(lambda: s.leaf(*text), lambda: matrix(inner, width)),
         "quant_linear_w8a8": lambda: quant_linear(s.leaf(*image), int8(inner)),

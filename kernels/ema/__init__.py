@@ -1,0 +1,5 @@
+"""Exponential moving averages of many tensors at once."""
+
+from miss.kernels.ema.op import ema_
+
+__all__ = ["ema_"]
