@@ -267,6 +267,8 @@ class Op:
 
     def why_not(self, impl: Impl, *args: Any) -> str | None:
         """Why `impl` cannot serve these arguments (device and dtype are the first tensor's); None where it can."""
+        if impl.name == "triton" and _forced.get(self.name) is None:  # until evidence from a GPU can be recorded
+            return "unvalidated: never run on a GPU; it runs only where it is forced"
         first = args[0] if isinstance(args[0], Tensor) else _first_tensor(args)
         return _misfit(impl, first.device, first.dtype) or (impl.limits(*args) if impl.limits else None)
 
