@@ -69,6 +69,18 @@ def lazy(module: str, function: str) -> Callable[..., Any]:
     return run
 
 
+def triton(
+    module: str,
+    function: str,
+    limits: Callable[..., str | None] | None = None,
+    dtypes: frozenset[torch.dtype] = FLOATS,
+    capability: tuple[int, int] = (8, 0),
+) -> Impl:
+    """The `triton` row of a table: `function` of miss.kernels.`module`, for GPUs of `capability` and above."""
+    run = lazy(module, function)
+    return Impl("triton", run, device="cuda", capability=capability, dtypes=dtypes, requires="triton", limits=limits)
+
+
 class Forced:
     """What `use()` and MISS_KERNELS ask for, checked against the tables.
 

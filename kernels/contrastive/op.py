@@ -21,7 +21,6 @@ kept as `slope` (B,), so that a backward pass makes dstudent alone. teacher, bat
 Source: arXiv 2107.07651 (ALBEF), 2201.12086 (BLIP).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from miss.kernels.contrastive import reference, torch_impl
 from miss.kernels.dropout import Seed, as_seed
-from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, accumulator, lazy
+from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, accumulator, triton
 
 WIDEST = 256  # columns of a feature that a program of the Triton row holds on chip
 
@@ -48,27 +47,21 @@ def _negatives_limits(rows: Tensor, batch: Tensor, *_: object) -> str | None:
     return _limits(rows, rows, batch, batch)
 
 
-def triton(function: str, limits: Callable[..., str | None]) -> Impl:
-    """The `triton` row of one of this folder's tables."""
-    run = lazy("contrastive.triton_impl", function)
-    return Impl("triton", run, device="cuda", capability=(8, 0), requires="triton", limits=limits)
-
-
 FORWARD = Op(
     "contrastive",
-    triton("forward", _limits),
+    triton("contrastive.triton_impl", "forward", _limits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
     "contrastive_backward",
-    triton("backward", _backward_limits),
+    triton("contrastive.triton_impl", "backward", _backward_limits),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )
 NEGATIVES = Op(
     "hard_negatives",
-    triton("hard_negatives", _negatives_limits),
+    triton("contrastive.triton_impl", "hard_negatives", _negatives_limits),
     Impl("torch", torch_impl.hard_negatives, dtypes=ALL_FLOATS),
     Impl("reference", reference.hard_negatives, dtypes=ALL_FLOATS),
 )

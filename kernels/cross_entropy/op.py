@@ -16,7 +16,6 @@ products; dhidden = dz @ weight; dweight = dz.T @ hidden; dbias = sum(dz). lse i
 Source: arXiv 1512.00567 (label smoothing), with torch.nn.functional.cross_entropy's meaning of e.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from miss.kernels import extension
 from miss.kernels.cross_entropy import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, accumulator, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, accumulator, autocast_to, lazy, triton
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
@@ -39,12 +38,6 @@ def _triton_backward_limits(dloss: Tensor, hidden: Tensor, weight: Tensor, *rest
     if hidden.dtype not in FLOATS:
         return "takes float32, float16 and bfloat16"
     return _triton_limits(hidden, weight, *rest)
-
-
-def triton(function: str, limits: Callable[..., str | None]) -> Impl:
-    """The `triton` row of one of this folder's tables."""
-    run = lazy("cross_entropy.triton_impl", function)
-    return Impl("triton", run, device="cuda", capability=(8, 0), requires="triton", limits=limits)
 
 
 def _limits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str | None:
@@ -72,7 +65,7 @@ FORWARD = Op(
         limits=_limits,
         composite=True,
     ),
-    triton("forward", _triton_limits),
+    triton("cross_entropy.triton_impl", "forward", _triton_limits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
@@ -86,7 +79,7 @@ BACKWARD = Op(
         needs=extension.missing,
         limits=_backward_limits,
     ),
-    triton("backward", _triton_backward_limits),
+    triton("cross_entropy.triton_impl", "backward", _triton_backward_limits),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from miss.kernels.ema import reference, torch_impl
-from miss.kernels.registry import FLOATS, Impl, Op, lazy
+from miss.kernels.registry import FLOATS, Impl, Op, triton
 
 AVERAGES = frozenset({torch.float32, torch.float64})
 
@@ -30,15 +30,7 @@ def _limits(first: Tensor, averages: list[Tensor], values: list[Tensor], momentu
 
 UPDATE = Op(
     "ema",
-    Impl(
-        "triton",
-        lazy("ema.triton_impl", "update"),
-        device="cuda",
-        capability=(8, 0),
-        dtypes=frozenset({torch.float32}),
-        requires="triton",
-        limits=_limits,
-    ),
+    triton("ema.triton_impl", "update", _limits, dtypes=frozenset({torch.float32})),
     Impl("torch", torch_impl.update, dtypes=AVERAGES),
     Impl("reference", reference.update, dtypes=AVERAGES),
 )

@@ -3,21 +3,14 @@
 Interpreted, this does not show what a GPU's bfloat16 products round, races between programs, or alignment.
 """
 
-import os
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-triton_impl = (
-    pytest.importorskip("miss.kernels.contrastive.triton_impl", reason="needs triton")
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-    else pytest.skip("TRITON_INTERPRET=1 is not set and there is no GPU", allow_module_level=True)
-)
-from miss.kernels.contrastive import reference, torch_impl  # noqa: E402
-from tests.helpers import assert_as_good_as  # noqa: E402
+from miss.kernels.contrastive import reference, torch_impl, triton_impl
+from tests.helpers import assert_as_good_as
+from tests.kernels.triton.device import DEVICE
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # rows, columns of the batch, of the queue, width, first
 SIZES = [
     (7, 7, 61, 24, 0),

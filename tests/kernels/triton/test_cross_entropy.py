@@ -3,20 +3,13 @@
 Interpreted, this does not show what a GPU's bfloat16 products round, races between programs, or alignment.
 """
 
-import os
-
 import pytest
 import torch
 
-triton_impl = (
-    pytest.importorskip("miss.kernels.cross_entropy.triton_impl", reason="needs triton")
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-    else pytest.skip("TRITON_INTERPRET=1 is not set and there is no GPU", allow_module_level=True)
-)
-from miss.kernels.cross_entropy import reference, torch_impl  # noqa: E402
-from tests.helpers import assert_as_good_as  # noqa: E402
+from miss.kernels.cross_entropy import reference, torch_impl, triton_impl
+from tests.helpers import assert_as_good_as
+from tests.kernels.triton.device import DEVICE
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # rows, width, vocabulary, share ignored
 SIZES = [(37, 48, 197, 0.4), (1, 33, 7, 0.0), (70, 64, 131, 0.5), (5, 16, 64, 1.0), (0, 16, 5, 0.0)]
 

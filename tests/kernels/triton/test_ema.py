@@ -3,21 +3,14 @@
 Interpreted, this does not show what widths of loads a GPU takes, or races between programs.
 """
 
-import os
-
 import pytest
 import torch
 
-triton_impl = (
-    pytest.importorskip("miss.kernels.ema.triton_impl", reason="needs triton")
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-    else pytest.skip("TRITON_INTERPRET=1 is not set and there is no GPU", allow_module_level=True)
-)
-from miss.kernels.ema import torch_impl  # noqa: E402
-from miss.kernels.launches import Launch  # noqa: E402
-from tests.helpers import assert_as_good_as  # noqa: E402
+from miss.kernels.ema import torch_impl, triton_impl
+from miss.kernels.launches import Launch
+from tests.helpers import assert_as_good_as
+from tests.kernels.triton.device import DEVICE
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SHAPES = [(7,), (33, 5), (), (0, 4), (2, 64), (129,), (1,)]
 
 
