@@ -133,6 +133,19 @@ class AnswerDecoder(nn.Module):
         _, logits, ids, total = self._run(tokens, cache, slots, positions, question_index, num_best)
         return logits - total[:, None], ids
 
+    def step_and_states(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        positions: Tensor,
+        question_index: Tensor,
+        num_best: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`states` and `step` of one pass: states (R, C), log-probabilities and ids (R, num_best)."""
+        states, logits, ids, total = self._run(tokens, cache, slots, positions, question_index, num_best)
+        return states, logits - total[:, None], ids
+
     def states(
         self, tokens: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, question_index: Tensor
     ) -> Tensor:

@@ -64,6 +64,9 @@ class Constrained:
     def wants(self) -> Wants:
         return Wants(allowed=(self.trie.tokens(self._node),))
 
+    def ahead(self, steps: int) -> None:
+        return None
+
     def advance(self, choices: list[Choice]) -> list[tuple[int, int]]:
         (choice,) = choices
         logprobs = np.array(choice.allowed, dtype=np.float64)

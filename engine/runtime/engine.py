@@ -57,7 +57,7 @@ class Engine:
         slots = Slots.allocate(model, self.config)
         compat = model.config.behaviour == "compat"
         self.scheduler = Scheduler(self.config, slots, processor.preprocess.image_size**2, whole_batches=compat)
-        self.runner = Runner(model, slots, self.images)
+        self.runner = Runner(model, slots, self.images, self.config)
         self.intake = Intake(processor, model.config, self.config, self.scheduler, self.images, stamp)
         self.counters = Counters()
         self._step_lock = threading.Lock()
@@ -183,10 +183,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Drops who is late, prefills who is next, decodes a token for each who runs -> those who ended."""
+        """Drops who is late, prefills who is next, decodes for each who runs -> those who ended."""
         with self._step_lock:
             try:
                 self.scheduler.drop()
+                self.runner.begin(self.scheduler.active())
                 self.runner.prefill(self.scheduler.admit())
                 self.runner.decode(self.scheduler.active())
                 self._conclude()

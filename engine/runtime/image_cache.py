@@ -116,6 +116,10 @@ class ImageCache:
             raise
 
     @property
+    def has_pool(self) -> bool:
+        return self._pool is not None
+
+    @property
     def pool(self) -> Tensor:
         """(P, N, layers, 2, H, D)."""
         assert self._pool is not None, "nothing was ever kept"

@@ -51,6 +51,9 @@ class Ranking:
     def wants(self) -> Wants:
         return Wants()
 
+    def ahead(self, steps: int) -> None:
+        return None
+
     def advance(self, choices: list[Choice]) -> list[tuple[int, int]]:
         assert not choices, "a ranking feeds nothing"
         return []

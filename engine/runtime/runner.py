@@ -2,151 +2,139 @@
 
 Knows the model, the cache's slots and what searches ask; does not know who waits, how a token is chosen, or text.
 
-Shapes: I images, R rows (a question in prefill; a token in decode), T question length, V vocabulary.
+Where the engine goes several steps ahead, requests whose branches go on by themselves are given to the device
+(`begin`) before new ones are prefilled, and told of their tokens after it (`decode`); others are asked step by step.
 """
 
-import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from miss.engine.runtime.ahead import Autopilot, Flight, Row
+from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.faults import survive
+from miss.engine.runtime.graphs import Graphs
 from miss.engine.runtime.image_cache import ImageCache
+from miss.engine.runtime.prefill import Prefill
 from miss.engine.runtime.ranker import Ranking, rank_questions
-from miss.engine.runtime.request import Request, RequestImage
+from miss.engine.runtime.request import Request
 from miss.engine.runtime.rows import Asked, RowTensors, answer_wants, best_alone, best_choices
 from miss.engine.runtime.search import Choice, Hypothesis
 from miss.engine.runtime.slots import Slots
 from miss.engine.runtime.stages import stage
-from miss.kernels.cross_attention import KV
-from miss.models.cross_kv import Shape, new_room, split_layers
 from miss.models.vqa import MissVQA
+
+Steps = list[dict[int, Choice]]  # what a request's branches chose, step by step
 
 
 class Runner:
     """`prefill` puts new requests into their slots, `decode` feeds every running one what its search asks for."""
 
-    def __init__(self, model: MissVQA, slots: Slots, images: ImageCache) -> None:
+    def __init__(self, model: MissVQA, slots: Slots, images: ImageCache, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
         self.model, self.slots, self.images = model, slots, images
         self.device = slots.cache.self_k.device
-        self.num_encoded = self.num_rows = 0
+        self.graphs = Graphs(self.device, config.graph_bytes)
+        self.prefilling = Prefill(model, slots, images, self.graphs, slots.spare_question >= 0)
+        self.num_rows = 0
         self._rows = RowTensors(self.device)
+        steps = config.steps_on(self.device)
+        self._autopilot = Autopilot(model, slots, self.graphs, steps) if steps > 1 else None
+        self._under_way: tuple[list[Request], Flight] | None = None
+
+    @property
+    def num_encoded(self) -> int:
+        return self.prefilling.num_encoded
+
+    def begin(self, requests: Sequence[Request]) -> None:
+        """Gives the device the next steps of running requests (sorted by question slot), so that a prefill may run
+        beside them; what comes of them is `decode`'s. Only where batches are filled up, as on CUDA: elsewhere nothing
+        runs beside anything."""
+        if self.slots.spare_answers and (ready := self._independent(requests)):
+            self._under_way = ready, self._start(ready)
 
     def prefill(self, requests: Sequence[Request]) -> None:
         """Encodes the requests' images (each once) and questions into their question slots; one that memory does not
         suffice for fails."""
-        order = {id(image): i for i, image in enumerate(dict.fromkeys(r.image for r in requests))}
-        survive(sorted(requests, key=lambda r: order[id(r.image)]), self._prefill)
-        for request in requests:
-            request.image = None
-
-    def _prefill(self, requests: Sequence[Request]) -> list[None]:
-        with stage("image", self.device):
-            image_kv, places = self._image_kv(list(dict.fromkeys(_image(r) for r in requests)))
-            encoded = self._now()
-        with stage("question", self.device):
-            prefilled = self._read(requests, image_kv, places)
-        for request in requests:
-            request.encoded, request.prefilled = encoded, prefilled
-        return [None] * len(requests)
-
-    def _read(self, requests: Sequence[Request], image_kv: list[KV], places: dict[RequestImage, int]) -> float:
-        """Questions over their images, into their slots; when they were."""
-        rows = sorted(requests, key=lambda r: places[_image(r)])
-        longest = max(len(r.question_ids) for r in rows)
-        ids = torch.tensor([r.question_ids + [0] * (longest - len(r.question_ids)) for r in rows], device=self.device)
-        self.model.encode(
-            image_kv,
-            self._int32([places[_image(r)] for r in rows]),
-            ids,
-            self._int32([len(r.question_ids) for r in rows]),
-            self.slots.cache,
-            torch.tensor([r.question_slot for r in rows], device=self.device),
-        )
-        return self._now()
-
-    def _image_kv(self, images: list[RequestImage]) -> tuple[list[KV], dict[RequestImage, int]]:
-        """Keys and values of every layer, and where in them each image is: in the cache's pool where all have a place
-        in it, else in a tensor of this batch alone."""
-        slots = self.images.kv_slots([image.key for image in images])
-        missing = [image for image, slot in zip(images, slots, strict=True) if slot is None]
-        if missing:
-            tokens, in_use = self._tokens(missing), {slot for slot in slots if slot is not None}
-            shape = self.model.encoder.cross_kv.shape
-            with self.images.reserved([image.key for image in missing], tokens, shape, in_use) as placed:
-                if None in placed:
-                    kept = [(i, s) for i, s in zip(images, slots, strict=True) if s is not None]
-                    return self._beside(tokens, shape, missing, kept, placed)
-                self._project(tokens, [slot for slot in placed if slot is not None])
-            new = iter(placed)
-            slots = [next(new) if slot is None else slot for slot in slots]
-        found = {image: slot for image, slot in zip(images, slots, strict=True) if slot is not None}
-        layers, first = self.images.layers(list(found.values()))
-        return layers, {image: slot - first for image, slot in found.items()}
-
-    def _project(self, tokens: Tensor, slots: list[int]) -> None:
-        """Keys and values of tokens (I, N, C) into their slots of the pool, in place."""
-        pool, first = self.images.pool, slots[0]
-        if slots == list(range(first, first + len(slots))):
-            self.model.project_images(tokens, pool[first : first + len(slots)])
-            return
-        for i, slot in enumerate(slots):
-            self.model.project_images(tokens[i : i + 1], pool[slot : slot + 1])
-
-    def _beside(
-        self,
-        tokens: Tensor,
-        shape: Shape,
-        missing: list[RequestImage],
-        kept: list[tuple[RequestImage, int]],
-        placed: list[int | None],
-    ) -> tuple[list[KV], dict[RequestImage, int]]:
-        """What `_image_kv` gives where the pool is too small for the batch: a tensor of this batch alone."""
-        together = new_room(tokens, len(missing) + len(kept), tokens.shape[1], shape)
-        self.model.project_images(tokens, together[: len(missing)])
-        for row, (_, slot) in enumerate(kept, len(missing)):
-            together[row].copy_(self.images.pool[slot])
-        for row, place in enumerate(placed):
-            if place is not None:
-                self.images.pool[place].copy_(together[row])
-        return split_layers(together), {image: i for i, image in enumerate([*missing, *(i for i, _ in kept)])}
-
-    def _tokens(self, images: list[RequestImage]) -> Tensor:
-        """The images' tokens (I, N, C), those that have none yet encoded in one batch."""
-        new = [image for image in images if image.tokens is None]
-        if new:
-            pixels = torch.stack([torch.from_numpy(image.pixels) for image in new]).to(self.device)
-            encoded = self.model.encode_images(pixels)
-            self.num_encoded += len(new)
-            for i, image in enumerate(new):
-                # A row of a batch would hold all of it in memory.
-                image.tokens, image.pixels = encoded[i] if len(new) == 1 else encoded[i].clone(), None
-                self.images.keep_tokens(image.key, image.tokens)
-            if len(new) == len(images):
-                return encoded
-        return torch.stack([image.tokens for image in images if image.tokens is not None])
+        self.prefilling.run(requests)
 
     def decode(self, requests: Sequence[Request]) -> None:
-        """One step of every request (sorted by question slot): its search's feeds through the model, what it wants to
-        know back, and the copies it asks for made in all layers at once. Those that rank are done in one step."""
+        """One step of every request (sorted by question slot), several of those whose branches go on by themselves: its
+        search's feeds through the model, what it wants to know back, and the copies it asks for made in all layers at
+        once. Those that rank are done in one step."""
         with stage("decode", self.device):
             self._decode(requests)
 
     def _decode(self, requests: Sequence[Request]) -> None:
-        moves: list[tuple[int, int]] = []
         going = [request for request in requests if not request.search.done]  # one allowed answer: done before it began
-        for request, ranked in survive([r for r in going if isinstance(r.search, Ranking)], self._rank):
+        independent = self._independent(going)
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:  # those that were prefilled beside them come along the next time
+            flown = list(zip(under_way[0], self._results(*under_way), strict=True))
+        self.prefilling.wait()
+        if under_way is None:
+            flown = survive(independent, lambda some: self._results(some, self._start(some)))
+        moves: list[tuple[int, int]] = []
+        for request, steps in flown:
+            self._follow(request, steps)
+        rest = [request for request in going if request not in independent]
+        for request, ranked in survive([r for r in rest if isinstance(r.search, Ranking)], self._rank):
             assert isinstance(request.search, Ranking)
             request.search.settle(ranked)
-        for request, choices in survive([r for r in going if not isinstance(r.search, Ranking)], self._ask):
-            try:
-                copies = request.search.advance(choices)
-            except ValueError as error:  # of this request alone: probabilities that are none, say
-                request.fail(error)
-                continue
-            moves += [(request.answer_slots[source], request.answer_slots[target]) for source, target in copies]
+        for request, choices in survive([r for r in rest if not isinstance(r.search, Ranking)], self._ask):
+            moves += self._told(request, choices)
         self._copy(moves)
+
+    def _told(self, request: Request, choices: list[Choice]) -> list[tuple[int, int]]:
+        """Tells a search; the copies (source, target) of answer slots that it wants."""
+        try:
+            copies = request.search.advance(choices)
+        except ValueError as error:  # of this request alone: probabilities that are none, say
+            request.fail(error)
+            return []
+        return [(request.answer_slots[source], request.answer_slots[target]) for source, target in copies]
+
+    def _independent(self, requests: Sequence[Request]) -> list[Request]:
+        """Those whose branches go on by themselves, where the engine makes use of it."""
+        if self._autopilot is None:
+            return []
+        return [r for r in requests if not r.search.done and r.search.ahead(1) is not None]
+
+    def _start(self, requests: Sequence[Request]) -> Flight:
+        assert self._autopilot is not None
+        rows = []
+        for request in requests:
+            rules = request.search.ahead(self._autopilot.steps)
+            assert rules is not None
+            for feed, rule in zip(request.search.feed(), rules, strict=True):
+                slot = request.answer_slots[feed.branch]
+                rows.append(Row(feed.tokens[0], slot, self.slots.positions[slot], request.question_slot, rule))
+        return self._autopilot.start(rows)
+
+    def _results(self, requests: Sequence[Request], flight: Flight) -> list[Steps]:
+        """What every request's branches chose, step by step."""
+        found = iter(zip(*flight.results(), strict=True))
+        results = []
+        for request in requests:
+            steps: Steps = [{} for _ in range(flight.steps)]
+            for feed in request.search.feed():
+                for step, token, logprob in zip(steps, *next(found), strict=True):
+                    step[feed.branch] = Choice([(token, logprob)], drawn=(token, logprob))
+            results.append(steps)
+        return results
+
+    def _follow(self, request: Request, steps: Steps) -> None:
+        """Tells a search of the steps that were made for it, until it is done."""
+        for step in steps:
+            if request.search.done or request.done:
+                return
+            feeds = request.search.feed()
+            for feed in feeds:
+                self.slots.positions[request.answer_slots[feed.branch]] += 1
+            self.num_rows += len(feeds)
+            copies = self._told(request, [step[feed.branch] for feed in feeds])
+            assert not copies, "a search that goes ahead keeps its branches apart"
 
     def _rank(self, requests: Sequence[Request]) -> list[list[Hypothesis]]:
         """Every request's candidates, best first. The original's ranking masks a question's padding, unlike its
@@ -188,14 +176,3 @@ class Runner:
 
     def _int32(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-    def _now(self) -> float:
-        """The time once the device has done what it was given, so that a stage's time is its own."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.monotonic()
-
-
-def _image(request: Request) -> RequestImage:
-    assert request.image is not None
-    return request.image

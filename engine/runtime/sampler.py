@@ -9,7 +9,7 @@ from miss.engine.runtime.candidates import Candidates
 from miss.engine.runtime.constrained import Constrained
 from miss.engine.runtime.ranker import Ranking
 from miss.engine.runtime.sampling import Sampling
-from miss.engine.runtime.search import Choice, Feed, Hypothesis, Search, Wants
+from miss.engine.runtime.search import Ahead, Choice, Feed, Hypothesis, Search, Wants
 from miss.models.config import Behaviour, MissConfig
 
 
@@ -162,6 +162,12 @@ class Greedy:
         self._feeds = [Feed(b, (self._grown[b].token_ids[-1],)) for b in active if not self._grown[b].finished]
         return [] if self.done else copies
 
+    def ahead(self, steps: int) -> list[Ahead] | None:
+        """Once the first tokens are chosen, which is one choice for all branches."""
+        if not self._grown and self.branches > 1:
+            return None
+        return [Ahead(self._left, self._sep)] * len(self._feeds)
+
 
 @dataclass
 class BeamSearch:
@@ -267,3 +273,6 @@ class Beams:
             self._finished = self._search.finish()
             return []
         return [(parent, beam) for beam, parent in enumerate(parents) if parent != beam]
+
+    def ahead(self, steps: int) -> None:
+        return None

@@ -11,7 +11,7 @@ import secrets
 import numpy as np
 from numpy.typing import NDArray
 
-from miss.engine.runtime.search import Choice, Feed, Hypothesis, Wants
+from miss.engine.runtime.search import Ahead, Choice, Feed, Hypothesis, Wants
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -79,12 +79,38 @@ class Sampling:
         going = [b for b, s in enumerate(self._samples) if not s.finished]
         step = len(self._samples[going[0]].token_ids)
         for branch, choice in zip(going, choices if started else choices * self.branches, strict=True):
-            assert choice.logits is not None, "sampling chooses from logits"
-            logits = choice.logits.double().numpy()
-            token, logprob = draw(logits, uniform(self.seed, branch, step), *self._cut)
+            token, logprob = choice.drawn or self._draw(choice, branch, step)
+            if not np.isfinite(logprob):
+                raise _cannot_sample(logprob)
             self._samples[branch] = self._samples[branch].extended(token, logprob, self._sep)
         self._left -= 1
         return [] if started else [(0, b) for b in going[1:] if not self._samples[b].finished]
+
+    def _draw(self, choice: Choice, branch: int, step: int) -> tuple[int, float]:
+        assert choice.logits is not None, "sampling chooses from logits"
+        return draw(choice.logits.double().numpy(), uniform(self.seed, branch, step), *self._cut)
+
+    def ahead(self, steps: int) -> list[Ahead] | None:
+        """Once the first tokens are drawn, all from one distribution."""
+        if not self._started and self.branches > 1:
+            return None
+        temperature, top_k, top_p = self._cut
+        steps = min(steps, self._left)
+        going = [b for b, sample in enumerate(self._samples) if not sample.finished]
+        begin = len(self._samples[going[0]].token_ids)
+        return [
+            Ahead(
+                *(self._left, self._sep, temperature, top_k, top_p),
+                tuple(uniform(self.seed, branch, begin + i) for i in range(steps)),
+            )
+            for branch in going
+        ]
+
+
+def _cannot_sample(largest: float) -> ValueError:
+    return ValueError(
+        f"cannot sample: the largest of the logits is {largest}; the model overflowed here: use a wider precision"
+    )
 
 
 def uniform(seed: int, sample: int, step: int) -> float:
@@ -104,9 +130,7 @@ def draw(logits: Floats, at: float, temperature: float = 1.0, top_k: int = 0, to
     """
     largest = float(logits.max())
     if not np.isfinite(largest):
-        raise ValueError(
-            f"cannot sample: the largest of the logits is {largest}; the model overflowed here: use a wider precision"
-        )
+        raise _cannot_sample(largest)
     ids, share = keep(logits, temperature, top_k, top_p)
     reached = share.cumsum()
     place = int(np.searchsorted(reached, at * reached[-1], side="right"))

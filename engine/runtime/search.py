@@ -42,11 +42,29 @@ class Choice:
     best: (token id, log-probability), best first, at least `Wants.num_best` of them (or the whole vocabulary).
     allowed: the log-probability of each allowed token, in the order in which they were asked for.
     logits: float32 (V,) on the CPU, where they were asked for.
+    drawn: the token that was drawn on the device by the search's own rule, and its log-probability.
     """
 
     best: list[tuple[int, float]] = field(default_factory=list)
     allowed: list[float] = field(default_factory=list)
     logits: Tensor | None = None
+    drawn: tuple[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """How a feed's branch goes on by itself, until [SEP] or `left` further tokens, without a word from its search.
+
+    temperature: 0 takes the likeliest token; above 0 it is drawn as `sampling.draw` does, from what top_k and top_p
+    leave, at `uniforms`, a number a step.
+    """
+
+    left: int
+    sep: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    uniforms: tuple[float, ...] = ()
 
 
 @dataclass
@@ -100,4 +118,9 @@ class Search(Protocol):
     def advance(self, choices: list[Choice]) -> list[tuple[int, int]]:
         """Takes what it wanted, a choice a feed; returns copies (source branch, target branch), all made at once
         before the next step: a branch's cached tokens replace those of another."""
+        ...
+
+    def ahead(self, steps: int) -> list[Ahead] | None:
+        """How each feed's branch goes on for up to `steps` steps, where that depends on nothing but its own tokens;
+        None where the search must see each step."""
         ...

@@ -10,6 +10,8 @@ from miss.engine.runtime.config import EngineConfig
 from miss.models.cache import KVCache
 from miss.models.vqa import MissVQA
 
+SPARE_ANSWERS = 2  # hold the positions of all rows that a batch is filled up with: at most 63
+
 
 class Pool:
     """Slots 0 … size - 1; the lowest free ones are taken first, so that memory which is never needed is not touched."""
@@ -40,20 +42,30 @@ class Pool:
 
 
 class Slots:
-    """Answer and question slots over one cache, and how many tokens each answer slot holds."""
+    """Answer and question slots over one cache, and how many tokens each answer slot holds.
 
-    def __init__(self, cache: KVCache) -> None:
+    spare_answers, spare_question: slots behind them that nobody owns, for the rows that fill a batch up to a size of
+    which there is a program; none where batches are never filled up.
+    """
+
+    def __init__(self, cache: KVCache, spare: bool = False) -> None:
         self.cache = cache
-        self.answers, self.questions = Pool(cache.self_k.shape[1]), Pool(cache.cross_k.shape[1])
+        answers, questions = cache.self_k.shape[1], cache.cross_k.shape[1]
+        self.spare_answers = range(answers - SPARE_ANSWERS if spare else answers, answers)
+        self.spare_question = questions - 1 if spare else -1
+        self.answers = Pool(answers - len(self.spare_answers))
+        self.questions = Pool(questions - 1 if spare else questions)
         self.positions = [0] * self.answers.size
 
     @classmethod
     def allocate(cls, model: MissVQA, config: EngineConfig, question_length: int | None = None) -> "Slots":
         """The slots of `config` in the model's dtype, as long as its questions where nothing else is said."""
         weight = model.decoder.head.norm.weight
+        spare = config.fills_up(weight.device)
+        answers = config.answer_slots + (SPARE_ANSWERS if spare else 0)
         longest = min(config.answer_length, model.config.decoder.max_positions)
-        sizes = config.answer_slots, config.question_slots, longest, question_length or model.config.max_question_length
-        return cls(KVCache.allocate(model.config.decoder, *sizes, weight.dtype, weight.device))
+        sizes = answers, config.question_slots + spare, longest, question_length or model.config.max_question_length
+        return cls(KVCache.allocate(model.config.decoder, *sizes, weight.dtype, weight.device), spare)
 
     def fits(self, num_answers: int) -> bool:
         """Whether one more request with so many branches does."""

@@ -16,8 +16,11 @@ _MOST_PASSES = 32  # three times argmax over 64 rows of 30,524 logits: in a call
 def _best(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """argmax gives the first of equal values, torch.topk any of them (bfloat16 logits have many)."""
     lse = torch.logsumexp(z, -1)
-    if k <= _MOST_PASSES:
-        left = z.clone() if k > 1 else z
+    if k == 1:
+        indices = z.argmax(-1, keepdim=True)
+        return z.gather(-1, indices), indices, lse
+    if k <= _MOST_PASSES and z.device.type == "cpu":  # looking for -inf would wait for another device
+        left = z.clone()
         found: list[Tensor] = []
         for i in range(k):
             if i:
