@@ -91,7 +91,7 @@ def _number(arch: str) -> int:
 
 
 def fingerprint(case: Case) -> str:
-    """Hash of the kernel's source, of every function and constant of ours that it names, and of the case's fields.
+    """Hash of the kernel's source, of every function and constant that it names, and of the case's fields.
 
     Not of whole files: a change of what runs on the host alone leaves the machine code, and this, as it was.
     """
@@ -112,9 +112,9 @@ def _plain(value: Any) -> str:
 
 
 def _gather(function: FunctionType, parts: dict[str, str]) -> None:
-    """Adds a function's source by its name, and all that its body names of ours; Triton's own is in its version."""
+    """Adds a function's source by its name, and all that its body names; Triton's own functions are its version's."""
     name = f"{function.__module__}.{function.__qualname__}"
-    if name in parts or not function.__module__.startswith("miss."):
+    if name in parts or function.__module__.startswith("triton."):
         return
     parts[name] = textwrap.dedent(inspect.getsource(function))
     for node in ast.walk(ast.parse(parts[name])):

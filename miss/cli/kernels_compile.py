@@ -74,15 +74,16 @@ def compile_kernels(args: CompileArgs) -> int:
     rows, failures = _compile(work, args.jobs)
     problems = [f"{' '.join(f.key)}: {f.reason}" for f in failures]
     problems += compiled.judge(rows, report, offline.VERSION)
-    if args.check and stale:
-        problems.append(f"{args.report.name} lacks {len(stale)} of {len(wanted)} or has older ones: run `{RENEW}`")
+    kept = {_key(f, arch) for f in everything for arch in ARCHS if offline.compiles_for(f.case, arch)}
+    gone = report.rows.keys() - kept
+    if args.check and (stale or gone):
+        problems.append(f"{args.report.name}: {len(stale)} missing or old, {len(gone)} of no case: run `{RENEW}`")
     notes = _notes(report, offline.VERSION)
     if not args.check and not notes:
-        kept = {_key(f, arch) for f in everything for arch in ARCHS if offline.compiles_for(f.case, arch)}
         new = {row.key: row for row in rows if row.arch in ARCHS}
         merged = {key: row for key, row in (report.rows | new).items() if key in kept}
         notes.append(_write(Report(offline.VERSION, merged), args.report))
-    result = {"triton": offline.VERSION, "report_triton": report.triton, "changed": sorted(map(list, stale))}
+    result: dict[str, Any] = {"triton": offline.VERSION, "report_triton": report.triton, "changed": sorted(stale | gone)}
     result |= {"seconds": round(time.perf_counter() - start, 1), "problems": problems, "notes": notes}
     if args.json:
         print(json.dumps({**result, "rows": [row.as_json() for row in rows]}))
