@@ -66,25 +66,22 @@ def compile_kernels(args: CompileArgs) -> int:
     everything = offline.find()
     found = _named(everything, args.op)
     report = compiled.load(args.report)
-    hashes = {(f.case.op, f.case.name): offline.fingerprint(f.case) for f in everything}
     wanted = [(f, arch) for f in found for arch in archs if offline.compiles_for(f.case, arch)]
-    stale = {_key(f, arch) for f, arch in wanted if arch in ARCHS and _is_stale(_key(f, arch), report, hashes)}
-    work = _changed(wanted, stale, args.sample) if args.only_changed else wanted
+    kept = {_key(f, arch) for f in everything for arch in ARCHS if offline.compiles_for(f.case, arch)}
+    stale, gone = _stale(wanted, report), report.rows.keys() - kept
     start = time.perf_counter()
-    rows, failures = _compile(work, args.jobs)
+    rows, failures = _compile(_changed(wanted, stale, args.sample) if args.only_changed else wanted, args.jobs)
+    seconds = round(time.perf_counter() - start, 1)
     problems = [f"{' '.join(f.key)}: {f.reason}" for f in failures]
     problems += compiled.judge(rows, report, offline.VERSION)
-    kept = {_key(f, arch) for f in everything for arch in ARCHS if offline.compiles_for(f.case, arch)}
-    gone = report.rows.keys() - kept
     if args.check and (stale or gone):
         problems.append(f"{args.report.name}: {len(stale)} missing or old, {len(gone)} of no case: run `{RENEW}`")
     notes = _notes(report, offline.VERSION)
     if not args.check and not notes:
-        new = {row.key: row for row in rows if row.arch in ARCHS}
-        merged = {key: row for key, row in (report.rows | new).items() if key in kept}
-        notes.append(_write(Report(offline.VERSION, merged), args.report))
-    result: dict[str, Any] = {"triton": offline.VERSION, "report_triton": report.triton, "changed": sorted(stale | gone)}
-    result |= {"seconds": round(time.perf_counter() - start, 1), "problems": problems, "notes": notes}
+        new = report.rows | {row.key: row for row in rows}
+        notes.append(_write(Report(offline.VERSION, {k: r for k, r in new.items() if k in kept}), args.report))
+    versions = {"triton": offline.VERSION, "report_triton": report.triton}
+    result = {**versions, "seconds": seconds, "changed": sorted(stale | gone), "problems": problems, "notes": notes}
     if args.json:
         print(json.dumps({**result, "rows": [row.as_json() for row in rows]}))
     else:
@@ -147,8 +144,16 @@ def _key(found: "Found", arch: str) -> Key:
     return found.case.op, found.case.name, arch
 
 
-def _is_stale(key: Key, report: Report, hashes: dict[tuple[str, str], str]) -> bool:
-    return key not in report.rows or report.rows[key].hash != hashes[key[:2]]
+def _stale(wanted: "list[Work]", report: Report) -> set[Key]:
+    """What the report has to hold, and does not hold of these sources."""
+    from miss.kernels import offline
+
+    rows = {_key(found, arch): found.case for found, arch in wanted if arch in ARCHS}
+    return {
+        key
+        for key, case in rows.items()
+        if key not in report.rows or report.rows[key].hash != offline.fingerprint(case)
+    }
 
 
 def _changed(wanted: "list[Work]", stale: set[Key], sample: int) -> "list[Work]":
