@@ -1,5 +1,7 @@
 """miss kernels list: every operation, its implementations in order, what runs here for a dtype and why not the others.
 miss kernels built: whether the CPU kernels are compiled, and for which instruction sets.
+miss kernels compile: the Triton kernels for GPUs that need not be here: registers, spills, shared memory, a report.
+miss kernels report: the report of the last such compilation that the repository holds.
 
 Knows the tables and the report of the compiled kernels; does not know shapes: `miss explain` asks with a model's.
 """
@@ -10,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from miss.cli.kernels_compile import CompileArgs, ReportArgs, compile_kernels, show_report
 from miss.kernels import extension, registry
 from miss.models.config import did_you_mean
 
@@ -125,4 +128,9 @@ def _render(op: dict[str, Any], report: extension.Report) -> str:
     return "\n".join(lines)
 
 
-COMMANDS = {"list": (ListArgs, list_kernels), "built": (BuiltArgs, built)}
+COMMANDS = {
+    "list": (ListArgs, list_kernels),
+    "built": (BuiltArgs, built),
+    "compile": (CompileArgs, compile_kernels),
+    "report": (ReportArgs, show_report),
+}
