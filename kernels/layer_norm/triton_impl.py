@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from miss.kernels.launches import Case, Launch, choose
-from miss.kernels.triton_parts import keep_mask
+from miss.kernels.triton_parts import dense_rows, keep_mask, sum_parts
 
 # PROGRAMS: two for each of an H200's 132 multiprocessors. A function of nothing else: it orders the sums over rows.
 LAUNCHES: dict[str, tuple[Launch, ...]] = {
@@ -128,28 +128,6 @@ def _backward(
     tl.store(at + C, dbias, mask=inside)
 
 
-@triton.jit
-def _sum(partial, dweight, dbias, P, C, BP: tl.constexpr, BC: tl.constexpr):
-    """partial (P, 2, C) over P: dweight by programs (…, 0), dbias by programs (…, 1)."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    which = tl.program_id(1)
-    total = tl.zeros((BP, BC), tl.float32)
-    for start in range(0, P, BP):
-        part = start + tl.arange(0, BP)
-        at = partial + (part[:, None].to(tl.int64) * 2 + which) * C + c[None, :]
-        total += tl.load(at, mask=(part < P)[:, None] & (c < C)[None, :], other=0.0)
-    out = dweight
-    if which == 1:
-        out = dbias
-    tl.store(out + c, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=c < C)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(R, C) with dense rows at any distance; copied only where the strides leave no other way."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 def _launch(part: str, width: int, device: torch.device) -> tuple[Launch, dict[str, int]]:
     kind = part if width <= NARROW or part == "sum" else f"{part}-wide"
     launch = choose("layer_norm", kind, {k: v[0] for k, v in LAUNCHES.items()}, device)
@@ -177,10 +155,10 @@ def _run(
         "codes": torch.empty(x.shape, dtype=torch.uint8, device=x.device) if quantised else none,
         "scale": torch.empty(lines, dtype=torch.float32, device=x.device) if quantised else none,
     }
-    rows = _rows(x)
+    rows = dense_rows(x)
     if not len(rows):
         return out
-    other = rows if residual is None else _rows(residual)
+    other = rows if residual is None else dense_rows(residual)
     launch, options = _launch("forward", width, x.device)
     where, p, kept = _chance(dropout_p, seed, rows)
     _forward[(triton.cdiv(len(rows), launch.blocks["ROWS"]),)](
@@ -198,15 +176,15 @@ def _run_backward(
     dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dresidual, dweight, dbias); dresidual has no elements without dsummed."""
-    rows, width = _rows(x), x.shape[-1]
+    rows, width = dense_rows(x), x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dresidual = x.new_empty(0) if dsummed is None else torch.empty_like(dx)
     dweight, dbias = (torch.zeros(width, dtype=weight.dtype, device=x.device) for _ in range(2))
     if not len(rows):
         return dx, dresidual, dweight, dbias
     launch, options = _launch("backward", width, x.device)
-    gradient = _rows(dy)
-    other = gradient if dsummed is None else _rows(dsummed)
+    gradient = dense_rows(dy)
+    other = gradient if dsummed is None else dense_rows(dsummed)
     count = min(launch.blocks["PROGRAMS"], triton.cdiv(len(rows), launch.blocks["ROWS"]))
     partial = torch.empty(count, 2, width, dtype=torch.float32, device=x.device)
     where, p, kept = _chance(dropout_p, seed, rows)
@@ -216,7 +194,7 @@ def _run_backward(
         ADD=dsummed is not None, DROPOUT=dropout_p > 0, CP=triton.next_power_of_2(width), **options,
     )  # fmt: skip
     launch, options = _launch("sum", width, x.device)
-    _sum[(triton.cdiv(width, launch.blocks["BC"]), 2)](partial, dweight, dbias, count, width, **options)
+    sum_parts[(triton.cdiv(width, launch.blocks["BC"]), 2)](partial, dweight, dbias, count, width, OUTPUTS=2, **options)
     return dx, dresidual, dweight, dbias
 
 
@@ -316,6 +294,6 @@ def cases() -> Iterator[Case]:
         if not wide:
             yield _case(kind, launches[0], "plain", "*bf16", 512, True)
     (launch,) = LAUNCHES["sum"]
-    signature = {"partial": "*fp32", "dweight": "*bf16", "dbias": "*bf16", "P": "i32", "C": "i32"}
-    ends = ("partial", "dweight", "dbias", "C")
-    yield Case("layer_norm", "sum", _sum, signature, dict(launch.blocks), launch, True, ends)
+    signature = {"partial": "*fp32", "first": "*bf16", "second": "*bf16", "P": "i32", "C": "i32"}
+    ends = ("partial", "first", "second", "C")
+    yield Case("layer_norm", "sum", sum_parts, signature, {"OUTPUTS": 2, **launch.blocks}, launch, True, ends)

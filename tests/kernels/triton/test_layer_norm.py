@@ -151,7 +151,7 @@ def test_planted_bugs_are_seen(bug, monkeypatch):
         with pytest.raises(AssertionError, match="error"):
             check((9, 33), torch.float32, 0.3, Wrong)
         return
-    name = {"width": "_forward", "tail": "_backward", "parts": "_sum"}[bug]
+    name = {"width": "_forward", "tail": "_backward", "parts": "sum_parts"}[bug]
     kernel = getattr(triton_impl, name)
 
     class Patched:
