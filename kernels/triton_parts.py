@@ -47,22 +47,29 @@ def erf_gelu_grad(x):
 
 
 @triton.jit
+def tile_corner(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column) of program_id(0)'s tile of an (M, N) product.
+
+    Programs go GROUP tiles down before one across, so that those running at a time share what L2 holds of both factors.
+    """
+    across = tl.cdiv(N, BN)
+    group = tl.program_id(0) // (GROUP * across)
+    within = tl.program_id(0) % (GROUP * across)
+    down = tl.minimum(tl.cdiv(M, BM) - group * GROUP, GROUP)
+    return (group * GROUP + within % down) * BM, within // down * BN
+
+
+@triton.jit
 def linear_tile(
     x, w, M, N, K, x_stride, w_stride,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Float32 (BM, BN) of x (M, K) @ w (N, K).T, with its first row's and column's number, for program_id(0).
 
-    Programs go GROUP tiles down before one across, so that those running at a time share what L2 holds of x and of w.
     Rows beyond M and columns beyond N compute the last one again, which spares the masks of their loads. EVEN: K is a
     multiple of BK.
     """
-    across = tl.cdiv(N, BN)
-    group = tl.program_id(0) // (GROUP * across)
-    within = tl.program_id(0) % (GROUP * across)
-    down = tl.minimum(tl.cdiv(M, BM) - group * GROUP, GROUP)
-    top = (group * GROUP + within % down) * BM
-    left = within // down * BN
+    top, left = tile_corner(M, N, BM, BN, GROUP)
     k = tl.arange(0, BK)
     row = tl.minimum(top + tl.arange(0, BM), M - 1)
     column = tl.minimum(left + tl.arange(0, BN), N - 1)

@@ -135,7 +135,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor
 
 
 def cases() -> Iterator[Case]:
-    """Every launch in bfloat16 with z kept; the default one without it, in float16 and at an odd width, too; float32's."""
+    """Every launch in bfloat16 with z kept; the default without it, in float16 and at an odd width, too; float32's."""
     for kind, launches in LAUNCHES.items():
         if not kind.startswith("forward"):
             continue
