@@ -4,6 +4,7 @@ import os
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -43,3 +44,67 @@ def erf_gelu(x):
 def erf_gelu_grad(x):
     """d erf_gelu / dx = Phi(x) + x * phi(x); x in float32."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def tile_corner(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column) of program_id(0)'s tile of an (M, N) product.
+
+    Programs go GROUP tiles down before one across, so that those running at a time share what L2 holds of both factors.
+    """
+    across = tl.cdiv(N, BN)
+    group = tl.program_id(0) // (GROUP * across)
+    within = tl.program_id(0) % (GROUP * across)
+    down = tl.minimum(tl.cdiv(M, BM) - group * GROUP, GROUP)
+    return (group * GROUP + within % down) * BM, within // down * BN
+
+
+@triton.jit
+def linear_tile(
+    x, w, M, N, K, x_stride, w_stride,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Float32 (BM, BN) of x (M, K) @ w (N, K).T, with its first row's and column's number, for program_id(0).
+
+    Rows beyond M and columns beyond N compute the last one again, which spares the masks of their loads. EVEN: K is a
+    multiple of BK.
+    """
+    top, left = tile_corner(M, N, BM, BN, GROUP)
+    k = tl.arange(0, BK)
+    row = tl.minimum(top + tl.arange(0, BM), M - 1)
+    column = tl.minimum(left + tl.arange(0, BN), N - 1)
+    x_at = x + row[:, None].to(tl.int64) * x_stride + k[None, :]
+    w_at = w + column[None, :].to(tl.int64) * w_stride + k[:, None]
+    z = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        if EVEN:
+            z = dot(tl.load(x_at), tl.load(w_at), z)
+        else:
+            inside = start + k < K
+            a = tl.load(x_at, mask=inside[None, :], other=0.0)
+            z = dot(a, tl.load(w_at, mask=inside[:, None], other=0.0), z)
+        x_at += BK
+        w_at += BK
+    return z, top, left
+
+
+@triton.jit
+def sum_parts(partial, first, second, P, C, OUTPUTS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    """Float32 partial (P, OUTPUTS, C) over P in a fixed order: first by programs (…, 0), second by (…, 1)."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    which = tl.program_id(1)
+    total = tl.zeros((BP, BC), tl.float32)
+    for start in range(0, P, BP):
+        part = start + tl.arange(0, BP)
+        at = partial + (part[:, None].to(tl.int64) * OUTPUTS + which) * C + c[None, :]
+        total += tl.load(at, mask=(part < P)[:, None] & (c < C)[None, :], other=0.0)
+    out = first
+    if which == 1:
+        out = second
+    tl.store(out + c, tl.sum(total, 0).to(first.dtype.element_ty), mask=c < C)
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """A tensor (…, C) as (R, C) with dense rows at any distance; copied only where the strides leave no other way."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

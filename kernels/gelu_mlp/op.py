@@ -24,11 +24,25 @@ from torch import Tensor
 from miss.kernels import extension
 from miss.kernels.gelu_mlp import reference, torch_impl
 from miss.kernels.linear.op import CPU_DTYPES, check_dtypes, check_shapes, gradient_limits, of_dtype, product_limits
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, autocast_to, lazy, triton
 
 
 def _limits(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, panels: Tensor | None) -> str | None:
     return product_limits(x, weight, bias, panels)
+
+
+def _triton_limits(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str | None:
+    if weight.dtype not in (x.dtype, torch.float32):
+        return f"x is {x.dtype}, the weight {weight.dtype}"
+    if bias is not None and bias.dtype not in FLOATS:
+        return f"takes a float32, float16 or bfloat16 bias, got {bias.dtype}"
+    return None if weight.numel() else "needs at least one column of x and of y"
+
+
+def _triton_backward_limits(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> str | None:
+    if not dy.dtype == x.dtype == pre.dtype:
+        return f"dy is {dy.dtype}, x {x.dtype}, z {pre.dtype}: takes one dtype"
+    return _triton_limits(x, weight, None)
 
 
 FORWARD = Op(
@@ -41,6 +55,7 @@ FORWARD = Op(
         needs=extension.missing,
         limits=_limits,
     ),
+    triton("gelu_mlp.triton_impl", "forward", _triton_limits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
@@ -54,6 +69,7 @@ BACKWARD = Op(
         needs=extension.missing,
         limits=gradient_limits,
     ),
+    triton("gelu_mlp.triton_impl", "backward", _triton_backward_limits),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )

@@ -24,9 +24,10 @@ from torch import Tensor
 from miss.kernels import extension
 from miss.kernels.dropout import Seed, as_seed
 from miss.kernels.layer_norm import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, accumulator, autocast_to, lazy, triton
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
+TRITON_WIDTH = 4096  # columns: a row stays in a program's registers
 
 
 def limits(x: Tensor, weight: Tensor, bias: Tensor, *_: object) -> str | None:
@@ -50,6 +51,25 @@ def _add_backward_limits(dy: Tensor, dsummed: Tensor, summed: Tensor, weight: Te
     return _backward_limits(dy, summed, weight) or _backward_limits(dsummed, summed, weight)
 
 
+def triton_limits(x: Tensor, weight: Tensor, bias: Tensor, *_: object) -> str | None:
+    """What triton_impl.py does not take; None where it does."""
+    if weight.dtype not in FLOATS or bias.dtype not in FLOATS:
+        return "takes float32, float16 and bfloat16 parameters"
+    return None if 1 <= x.shape[-1] <= TRITON_WIDTH else f"takes 1 to {TRITON_WIDTH} columns"
+
+
+def triton_add_limits(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *_: object) -> str | None:
+    return triton_limits(x, weight, bias) if residual.dtype == x.dtype else "takes a residual of x's dtype"
+
+
+def _triton_backward_limits(dy: Tensor, x: Tensor, weight: Tensor, *_: object) -> str | None:
+    return triton_limits(x, weight, weight) if dy.dtype == x.dtype else "takes gradients of x's dtype"
+
+
+def _triton_add_backward_limits(dy: Tensor, dsummed: Tensor, summed: Tensor, weight: Tensor, *_: object) -> str | None:
+    return _triton_backward_limits(dy, summed, weight) or _triton_backward_limits(dsummed, summed, weight)
+
+
 def cpu(function: str, limits: Callable[..., str | None]) -> Impl:
     """The `cpu` row of one of this folder's tables."""
     run = lazy("layer_norm.cpu_impl", function)
@@ -59,24 +79,28 @@ def cpu(function: str, limits: Callable[..., str | None]) -> Impl:
 FORWARD = Op(
     "layer_norm",
     cpu("forward", limits),
+    triton("layer_norm.triton_impl", "forward", triton_limits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
     "layer_norm_backward",
     cpu("backward", _backward_limits),
+    triton("layer_norm.triton_impl", "backward", _triton_backward_limits),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )
 ADD_FORWARD = Op(
     "add_layer_norm",
     cpu("add_forward", add_limits),
+    triton("layer_norm.triton_impl", "add_forward", triton_add_limits),
     Impl("torch", torch_impl.add_forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.add_forward, dtypes=ALL_FLOATS),
 )
 ADD_BACKWARD = Op(
     "add_layer_norm_backward",
     cpu("add_backward", _add_backward_limits),
+    triton("layer_norm.triton_impl", "add_backward", _triton_add_backward_limits),
     Impl("torch", torch_impl.add_backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.add_backward, dtypes=ALL_FLOATS),
 )

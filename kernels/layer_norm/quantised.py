@@ -14,19 +14,21 @@ import torch
 from torch import Tensor
 
 from miss.kernels.layer_norm import reference, torch_impl
-from miss.kernels.layer_norm.op import add_limits, check, cpu, limits
+from miss.kernels.layer_norm.op import add_limits, check, cpu, limits, triton_add_limits, triton_limits
 from miss.kernels.quant_linear.packing import QuantRows
-from miss.kernels.registry import ALL_FLOATS, Impl, Op
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, triton
 
 QUANTISED = Op(
     "layer_norm_quantised",
     cpu("quantised", limits),
+    triton("layer_norm.triton_impl", "quantised", triton_limits),
     Impl("torch", torch_impl.quantised, dtypes=ALL_FLOATS),
     Impl("reference", reference.quantised, dtypes=ALL_FLOATS),
 )
 ADD_QUANTISED = Op(
     "add_layer_norm_quantised",
     cpu("add_quantised", add_limits),
+    triton("layer_norm.triton_impl", "add_quantised", triton_add_limits),
     Impl("torch", torch_impl.add_quantised, dtypes=ALL_FLOATS),
     Impl("reference", reference.add_quantised, dtypes=ALL_FLOATS),
 )

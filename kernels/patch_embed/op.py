@@ -23,7 +23,7 @@ from torch import Tensor
 from miss.kernels import extension
 from miss.kernels.linear.op import of_dtype
 from miss.kernels.patch_embed import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, autocast_to, lazy, triton
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
@@ -32,6 +32,22 @@ def _limits(weight: Tensor, bias: Tensor, pixels: Tensor, *_: object) -> str | N
     if pixels.dtype not in (torch.uint8, torch.float32):
         return f"takes uint8 and float32 pixels, got {pixels.dtype}"
     return None if bias.dtype in CPU_DTYPES else "takes a float32 or bfloat16 bias"
+
+
+def _triton_limits(weight: Tensor, bias: Tensor, pixels: Tensor, *_: object) -> str | None:
+    if pixels.dtype not in FLOATS | {torch.uint8}:
+        return f"takes uint8, float32, float16 and bfloat16 pixels, got {pixels.dtype}"
+    if bias.dtype not in FLOATS:
+        return f"takes a float32, float16 or bfloat16 bias, got {bias.dtype}"
+    return None if len(weight) else "needs at least one column"
+
+
+def _triton_backward_limits(dy: Tensor, weight: Tensor, pixels: Tensor, *rest: Any) -> str | None:
+    if dy.dtype != weight.dtype:
+        return f"dy is {dy.dtype}, the weight {weight.dtype}: takes one dtype"
+    if rest[-1] and not pixels.is_floating_point():
+        return f"{pixels.dtype} pixels have no gradient"
+    return _triton_limits(weight, weight, pixels)
 
 
 # The weight comes first: a table judges device and dtype by its first tensor, and pixels are bytes.
@@ -45,11 +61,13 @@ FORWARD = Op(
         needs=extension.missing,
         limits=_limits,
     ),
+    triton("patch_embed.triton_impl", "forward", _triton_limits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
     "patch_embed_backward",
+    triton("patch_embed.triton_impl", "backward", _triton_backward_limits),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )
