@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from miss.kernels import extension
-from miss.kernels.quant_linear import reference, torch_impl
+from miss.kernels.quant_linear import limits, reference, torch_impl
 from miss.kernels.quant_linear.library import library_linear
 from miss.kernels.quant_linear.packing import LIBRARY, PackedWeight
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy, triton
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
@@ -45,6 +45,7 @@ def on_cpu(function: str) -> Impl:
 FORWARD = Op(
     "quant_linear",
     on_cpu("forward"),
+    triton("quant_linear.triton_impl", "forward", limits.forward),
     # Not composite: autograd would keep every dequantised weight until backward.
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
@@ -63,6 +64,7 @@ DYNAMIC = Op(
 # The scales come first: a table judges device and dtype by its first tensor, and ids are whole numbers.
 EMBEDDING = Op(
     "quant_embedding",
+    triton("quant_linear.triton_impl", "embedding", limits.embedding),
     Impl("torch", torch_impl.embedding, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.embedding, dtypes=ALL_FLOATS),
 )
