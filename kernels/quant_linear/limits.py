@@ -29,3 +29,47 @@ def embedding(
     if ids.dtype not in (torch.int64, torch.int32):
         return "takes ids of int64 or int32"
     return packed(data, scale, zero)
+
+
+def dynamic(
+    x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels: Tensor | None, offset: Tensor | None
+) -> str | None:
+    if data.shape[1] > DEPTH:
+        return f"its int32 sums hold {DEPTH} columns"
+    return forward(x, data, scale, None, bias)
+
+
+def rows(
+    row_scale: Tensor,
+    codes: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+    panels: Tensor | None,
+    offset: Tensor | None,
+) -> str | None:
+    if dtype not in FLOATS:
+        return "makes float32, float16 and bfloat16"
+    if residual is not None and residual.dtype not in FLOATS:
+        return "takes a residual of float32, float16 or bfloat16"
+    return dynamic(row_scale, data, scale, bias, panels, offset)
+
+
+def rows_quantised(
+    row_scale: Tensor,
+    codes: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    panels: Tensor | None,
+    offset: Tensor | None,
+) -> str | None:
+    return dynamic(row_scale, data, scale, bias, panels, offset)
+
+
+def quantise(x: Tensor) -> str | None:
+    return None if x.shape[-1] else "needs at least one column"

@@ -58,6 +58,7 @@ BACKWARD = Op(
 DYNAMIC = Op(
     "quant_linear_w8a8",
     on_cpu("dynamic"),
+    triton("quant_linear.triton_w8a8_impl", "dynamic", limits.dynamic),
     Impl("torch", torch_impl.dynamic, dtypes=ALL_FLOATS, limits=torch_impl.dynamic_limits),
     Impl("reference", reference.dynamic, dtypes=ALL_FLOATS),
 )

@@ -262,7 +262,7 @@ def cases() -> Iterator[Case]:
             continue
         form, bits = kind.split("-int")
         t = "*fp32" if form == "float32" else "*bf16"
-        signature = {"x": t, **PACKED[int(bits)], "zero": "*u8", "bias": t, "y": t, **sizes}
+        signature = {"x": t, **PACKED[int(bits)], "zero": PACKED[int(bits)]["data"], "bias": t, "y": t, **sizes}
         for i, launch in enumerate(launches):
             groups = (0,) if bits == "8" else (64, 32, 128) if i == 0 and form != "float32" else (64,)
             for group in groups:
@@ -272,8 +272,8 @@ def cases() -> Iterator[Case]:
                 yield Case("quant_linear", name, kernel, signature, constants, launch, i == 0, ends)
     for bits in (8, 4):
         launch, half = LAUNCHES["embedding"][0], 0 if bits == 8 else 32
-        signature = {"scale": PACKED[bits]["scale"], "data": PACKED[bits]["data"], "zero": "*u8", "ids": "*i64"}
-        signature |= {"y": "*bf16", "V": "i32", "K": "i32", "G": "i32"}
+        signature = {"scale": PACKED[bits]["scale"], "data": PACKED[bits]["data"]}
+        signature |= {"zero": PACKED[bits]["data"], "ids": "*i64", "y": "*bf16", "V": "i32", "K": "i32", "G": "i32"}
         constants = {"HALF": half, "HAS_ZERO": bits == 4, **launch.blocks}
         ends = ("scale", "data", "zero", "ids", "y", "K")
         yield Case("quant_embedding", f"int{bits}", _embedding, signature, constants, launch, True, ends)
