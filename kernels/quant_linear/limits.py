@@ -21,6 +21,10 @@ def forward(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: T
     return packed(data, scale, zero)
 
 
+def backward(dy: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, columns: int, group: int) -> str | None:
+    return packed(data, scale, zero)
+
+
 def embedding(
     scale: Tensor, data: Tensor, zero: Tensor | None, ids: Tensor, columns: int, group: int, dtype: torch.dtype
 ) -> str | None:

@@ -52,6 +52,7 @@ FORWARD = Op(
 )
 BACKWARD = Op(
     "quant_linear_backward",
+    triton("quant_linear.triton_backward_impl", "backward", limits.backward),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )

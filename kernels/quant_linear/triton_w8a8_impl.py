@@ -2,10 +2,10 @@
 
     s = max|row| / 127;  q = round(x / s);  y = gelu?((q @ data.T) * s * scale + bias) + residual
 
-`_quantise` makes codes and scale of a row a program (x read twice, the second time from L1). `_product` is a tiled int8
-product with int32 sums; scales, bias, GELU and residual are its epilogue. Up to FEW rows `_few` does both in one launch:
-each program takes the maxima of its 16 rows, then makes their codes in registers as it multiplies, K cut into slices
-that lie side by side (as in `triton_impl`); the rows are small and come from L2.
+`_quantise` makes codes and scale of a row a program (x read twice, the second time from L1). `_product` is a tiled
+int8 product with int32 sums; scales, bias, GELU and residual are its epilogue. Up to FEW rows `_few` does both in one
+launch: each program takes the maxima of its 16 rows, then makes their codes in registers as it multiplies, K cut into
+slices that lie side by side (as in `triton_impl`); the rows are small and come from L2.
 
 Divisions are IEEE's, and rounding half to even is adding and subtracting 1.5 * 2^23, exact in the interpreter and on a
 GPU: codes, scales and sums are the reference's bit for bit. A row that holds NaN or infinity is NaN.
@@ -235,7 +235,7 @@ def rows_quantised(
 
 
 def cases() -> Iterator[Case]:
-    """Every launch in bfloat16; products from signed codes with bias alone and from unsigned ones with all epilogues."""
+    """Every launch in bfloat16; products of signed codes with bias alone, of unsigned ones with all epilogues."""
     head = {"data": "*i8", "scale": "*fp32", "bias": "*bf16"}
     sizes = {"M": "i32", "N": "i32", "K": "i32"}
     ends = ("x", "codes", "data", "scale", "bias", "residual", "y", "K", "XS")
