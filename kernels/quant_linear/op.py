@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from miss.kernels import extension
-from miss.kernels.quant_linear import reference, torch_impl
+from miss.kernels.quant_linear import limits, reference, torch_impl
 from miss.kernels.quant_linear.library import library_linear
 from miss.kernels.quant_linear.packing import LIBRARY, PackedWeight
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy, triton
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
@@ -45,24 +45,28 @@ def on_cpu(function: str) -> Impl:
 FORWARD = Op(
     "quant_linear",
     on_cpu("forward"),
+    triton("quant_linear.triton_impl", "forward", limits.forward),
     # Not composite: autograd would keep every dequantised weight until backward.
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
     "quant_linear_backward",
+    triton("quant_linear.triton_backward_impl", "backward", limits.backward),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )
 DYNAMIC = Op(
     "quant_linear_w8a8",
     on_cpu("dynamic"),
+    triton("quant_linear.triton_w8a8_impl", "dynamic", limits.dynamic),
     Impl("torch", torch_impl.dynamic, dtypes=ALL_FLOATS, limits=torch_impl.dynamic_limits),
     Impl("reference", reference.dynamic, dtypes=ALL_FLOATS),
 )
 # The scales come first: a table judges device and dtype by its first tensor, and ids are whole numbers.
 EMBEDDING = Op(
     "quant_embedding",
+    triton("quant_linear.triton_impl", "embedding", limits.embedding),
     Impl("torch", torch_impl.embedding, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.embedding, dtypes=ALL_FLOATS),
 )

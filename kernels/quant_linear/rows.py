@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from miss.kernels import extension
-from miss.kernels.quant_linear import packing
+from miss.kernels.quant_linear import limits, packing
 from miss.kernels.quant_linear.op import CPU_DTYPES, on_cpu
 from miss.kernels.quant_linear.packing import PackedWeight, QuantRows
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, lazy
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, lazy, triton
 
 
 def _signed(codes: Tensor) -> Tensor:
@@ -112,18 +112,21 @@ def _reference_quantised(
 ROWS = Op(
     "quant_linear_rows",
     on_cpu("rows"),
+    triton("quant_linear.triton_w8a8_impl", "rows", limits.rows, frozenset({torch.float32})),
     Impl("torch", _torch_rows, dtypes=ALL_FLOATS),
     Impl("reference", _reference_rows, dtypes=ALL_FLOATS),
 )
 QUANTISED = Op(
     "quant_linear_rows_quantised",
     on_cpu("rows_quantised"),
+    triton("quant_linear.triton_w8a8_impl", "rows_quantised", limits.rows_quantised, frozenset({torch.float32})),
     Impl("torch", _torch_quantised, dtypes=ALL_FLOATS),
     Impl("reference", _reference_quantised, dtypes=ALL_FLOATS),
 )
 QUANTISE = Op(
     "quantise_rows",
     Impl("cpu", lazy("quant_linear.cpu_impl", "quantise"), device="cpu", dtypes=CPU_DTYPES, needs=extension.missing),
+    triton("quant_linear.triton_w8a8_impl", "quantise", limits.quantise),
     Impl("torch", packing.quantise_rows, dtypes=ALL_FLOATS),
     Impl("reference", packing.quantise_rows, dtypes=ALL_FLOATS),
 )
