@@ -47,6 +47,7 @@ FORWARD = Op(
 )
 BACKWARD = Op(
     "attention_backward",
+    triton("attention.triton_backward_impl", "backward", limits.triton_backward),
     _cpu("backward", limits.backward),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
@@ -60,6 +61,7 @@ VARLEN_FORWARD = Op(
 )
 VARLEN_BACKWARD = Op(
     "attention_varlen_backward",
+    triton("attention.triton_backward_impl", "varlen_backward", limits.triton_varlen_backward),
     _cpu("varlen_backward", limits.varlen_backward),
     Impl("torch", torch_impl.varlen_backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.varlen_backward, dtypes=ALL_FLOATS),

@@ -7,8 +7,9 @@ compiler makes of products with several planes (a warp a head).
 import pytest
 import torch
 
-from miss.kernels.attention import reference, torch_impl, triton_impl
-from miss.kernels.dropout import as_seed, keep_mask
+from miss.kernels.attention import reference, torch_impl, triton_backward_impl, triton_impl
+from miss.kernels.attention.triton_rows_impl import Problem
+from miss.kernels.dropout import as_seed
 from miss.kernels.launches import Launch
 from tests.helpers import assert_as_good_as
 from tests.kernels.triton.device import DEVICE
@@ -25,16 +26,24 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Tiles of 32 or less, so that short sequences have full tiles and a tail; 2 heads a program, so that 3 do not fill
+    """Tiles of 16 and 32, so that short sequences have full tiles and a tail; 2 heads a program, so that 3 do not fill
     them."""
-    for name in ("long", "float32"):
-        monkeypatch.setitem(triton_impl.LAUNCHES, name, (Launch({"BM": 32, "BN": 32}, 4, 1),))
-    for name in ("short16", "short32"):
-        monkeypatch.setitem(triton_impl.LAUNCHES, name, (Launch({"G": 2}, 4, 1),))
+    blocks = {"float32": (16, 32), "float32_keys": (32, 16), "long": (32, 16), "long_keys": (16, 32)}
+    for module in (triton_impl, triton_backward_impl):
+        for name, (rows, keys) in blocks.items():
+            monkeypatch.setitem(module.LAUNCHES, name, (Launch({"BM": rows, "BN": keys}, 4, 1),))
+        for name in ("short16", "short32"):
+            monkeypatch.setitem(module.LAUNCHES, name, (Launch({"G": 2}, 4, 1),))
 
 
 def force(monkeypatch, form):
-    monkeypatch.setattr(triton_impl, "shape_class", lambda *_: FORMS[form])
+    monkeypatch.setattr(Problem, "kind", FORMS[form])
+
+
+class Triton:
+    """The two modules of the row as one."""
+
+    forward, backward = staticmethod(triton_impl.forward), staticmethod(triton_backward_impl.backward)
 
 
 def seed_of(dropout_p):
@@ -58,16 +67,16 @@ def run(module, tensors, lengths, causal, dropout_p, scale=None):
     options = (lengths, causal, scale or q.shape[-1] ** -0.5, dropout_p, seed_of(dropout_p))
     out, lse = module.forward(q, k, v, *options)
     lse = reference.log_sum_exp(q, k, *options[:3]) if lse is None else lse
-    return [out, lse]
+    return [out, lse, *module.backward(dout, q, k, v, out, lse, *options)]
 
 
-def check(shape, option, dtype=torch.float32, module=triton_impl, floor=3e-6):
+def check(shape, option, dtype=torch.float32, module=Triton, floor=3e-6):
     tensors = inputs(*shape, dtype)
     padded, causal, dropout_p = OPTIONS[option]
     options = (lengths_of(shape[2], shape[0]) if padded else None, causal, dropout_p)
     got, low = run(module, tensors, *options), run(torch_impl, tensors, *options)
     exact = run(reference, [t.double() for t in tensors], *options)
-    for name, g, p, e in zip(("out", "lse", "dq", "dk", "dv"), got, low, exact, strict=False):
+    for name, g, p, e in zip(("out", "lse", "dq", "dk", "dv"), got, low, exact, strict=True):
         assert torch.equal(g == float("-inf"), e == float("-inf")), name
         g, p, e = (t.masked_fill(e == float("-inf"), 0.0) for t in (g, p, e))
         assert_as_good_as(g, p, e, floor=floor, what=name)
