@@ -2,7 +2,7 @@
 
 `_dq`: a program owns BM queries of a head and runs over key tiles as forward does; it also sums dout * out for its
 rows (delta), which both need: a pass of its own would read dout once more. `_dkv` then: a program owns BN keys and runs
-over query tiles, full ones and one narrow masked tile (TAIL, from T mod BM), products transposed so that what
+over query tiles, full ones and narrow masked ones (EDGE, from T mod BM), products transposed so that what
 multiplies dout and q stays in registers. Up to 64 tokens the short form's one kernel runs (triton_short_impl).
 
 Seven products of T x N x D instead of five: the scores and dP are made twice. Does not know the forward pass.
@@ -23,6 +23,7 @@ from miss.kernels.attention.triton_rows_impl import (
     SIZES,
     Problem,
     divisible,
+    edge_width,
     line_of,
     packed,
     padded,
@@ -30,7 +31,6 @@ from miss.kernels.attention.triton_rows_impl import (
     sequence,
     signature,
     start_of,
-    tail_width,
 )
 from miss.kernels.launches import Case, Launch, choose
 from miss.kernels.triton_parts import dot, keep_mask
@@ -38,10 +38,13 @@ from miss.kernels.triton_parts import dot, keep_mask
 LAUNCHES: dict[str, tuple[Launch, ...]] = {
     "long": (Launch({"BM": 64, "BN": 64}, 4, 2), Launch({"BM": 128, "BN": 64}, 8, 2)),
     "long_keys": (Launch({"BM": 64, "BN": 64}, 4, 2), Launch({"BM": 64, "BN": 128}, 8, 2)),
-    "float32": (Launch({"BM": 32, "BN": 32}, 4, 1),),
-    "float32_keys": (Launch({"BM": 32, "BN": 32}, 4, 1),),
+    # Dropout's 64-bit arithmetic takes registers: 64 x 64 spilled on sm_80 (272 bytes), 32 x 64 does not.
+    "long_dropout_keys": (Launch({"BM": 32, "BN": 64}, 4, 2),),
+    "float32": (Launch({"BM": 32, "BN": 16}, 4, 1),),
+    "float32_keys": (Launch({"BM": 16, "BN": 32}, 4, 1),),
     "short16": (Launch({"G": 4}, 4, 1),),
-    "short32": (Launch({"G": 4}, 4, 1),),
+    # A warp a head, four heads a program, spilled with causal and dropout on sm_90 (80 bytes); two warps hold one head.
+    "short32": (Launch({"G": 1}, 2, 1),),
     "short64": (Launch({"G": 1}, 4, 1),),
 }
 
@@ -73,7 +76,7 @@ def _query_step(
 def _dq(
     dout, q, k, v, out, lse, delta, dq, rows, seed,
     q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, tiles, scale, dropout_p,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dout, out and dq dense."""
@@ -108,10 +111,10 @@ def _dq(
             acc, query, incoming, normaliser, sums, k, v, start, length, below, line, dropout_seed, k_n, v_n, N,
             scale * LOG2_E, dropout_p, D, BN, False, CAUSAL, DROPOUT,
         )  # fmt: skip
-    for start in tl.range(full, end, TAIL, num_stages=1):
+    for start in tl.range(full, end, EDGE, num_stages=1):
         acc = _query_step(
             acc, query, incoming, normaliser, sums, k, v, start, length, below, line, dropout_seed, k_n, v_n, N,
-            scale * LOG2_E, dropout_p, D, TAIL, True, CAUSAL, DROPOUT,
+            scale * LOG2_E, dropout_p, D, EDGE, True, CAUSAL, DROPOUT,
         )  # fmt: skip
     at = dq + dense + t[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(at, (acc * scale).to(dq.dtype.element_ty), mask=(t < queries)[:, None])
@@ -153,7 +156,7 @@ def _key_step(
 def _dkv(
     dout, q, k, v, lse, delta, dk, dv, rows, seed,
     q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, tiles, scale, dropout_p,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dout, dk and dv dense; zeros for keys that are not visible."""
@@ -187,10 +190,10 @@ def _dkv(
                 key_grad, value_grad, key, value, q, dout, lse, delta, line0, t0, queries, n, shift, dropout_seed,
                 q_t, line_t, N, H, scale * LOG2_E, dropout_p, D, BM, False, CAUSAL, DROPOUT,
             )  # fmt: skip
-        for t0 in tl.range(full, queries, TAIL, num_stages=1):
+        for t0 in tl.range(full, queries, EDGE, num_stages=1):
             key_grad, value_grad = _key_step(
                 key_grad, value_grad, key, value, q, dout, lse, delta, line0, t0, queries, n, shift, dropout_seed,
-                q_t, line_t, N, H, scale * LOG2_E, dropout_p, D, TAIL, True, CAUSAL, DROPOUT,
+                q_t, line_t, N, H, scale * LOG2_E, dropout_p, D, EDGE, True, CAUSAL, DROPOUT,
             )  # fmt: skip
     seen = (n < length)[:, None]  # a key past the length took part as zeros: its sums mean nothing
     key_grad = tl.where(seen, key_grad * scale, 0.0)
@@ -222,16 +225,16 @@ def _run(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tens
         return dq, dk, dv
     delta, units = torch.empty_like(lse), problem.batch * problem.heads
     tiles, block = triton.cdiv(problem.queries, launch.blocks["BM"]), launch.blocks["BN"]
-    fixed = problem.rows is None and not problem.causal  # every query sees all N keys
-    tail = tail_width(problem.keys, block) if fixed else block
+    edge = edge_width(problem.fixed_keys, block)
     _dq[(units * tiles,)](
-        dout, q, k, v, out, lse, delta, dq, *rest, tiles, *numbers, TAIL=tail, **_options(problem, launch)
+        dout, q, k, v, out, lse, delta, dq, *rest, tiles, *numbers, EDGE=edge, **_options(problem, launch)
     )
-    launch = choose("attention_backward", f"{kind}_keys", defaults, q.device)
+    form = "long_dropout" if kind == "long" and problem.seed is not None else kind
+    launch = choose("attention_backward", f"{form}_keys", defaults, q.device)
     tiles, block = triton.cdiv(problem.keys, launch.blocks["BN"]), launch.blocks["BM"]
-    tail = block if problem.varlen else tail_width(problem.queries, block)
+    edge = edge_width(None if problem.varlen else problem.queries, block)
     _dkv[(units * tiles,)](
-        dout, q, k, v, lse, delta, dk, dv, *rest, tiles, *numbers, TAIL=tail, **_options(problem, launch)
+        dout, q, k, v, lse, delta, dk, dv, *rest, tiles, *numbers, EDGE=edge, **_options(problem, launch)
     )
     return dq, dk, dv
 
@@ -291,7 +294,7 @@ def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> 
         kernel, tensors, tiles = short.backward, "dout q k v out lse dq dk dv rows seed", ""
         constants["BT"] = constants["BN"] = int(kind.removeprefix("short"))
     else:
-        constants["TAIL"] = launch.blocks["BN"] if option else 16
+        constants["EDGE"] = edge_width(None if option else 577, launch.blocks["BM" if kernel is _dkv else "BN"])
     types = signature("fp32" if "float32" in kind else "bf16", f"{tensors} {SIZES}{tiles} scale dropout_p")
     name = "-".join(filter(None, (kind, "x".join(map(str, launch.blocks.values())), str(width), option)))
     return Case("attention_backward", name, kernel, types, constants, launch, default, divisible(types))

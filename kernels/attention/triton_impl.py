@@ -1,9 +1,9 @@
 """Attention in Triton, forward: a program takes BM queries of one head over key tiles of BN (the long form).
 
-Full key tiles go without a mask, then what is left in one masked tile. Where every query sees all N keys that tile is
-only as wide as it must be (TAIL, from N mod BN): 197 = 3 x 64 + 5, 577 = 9 x 64 + 1 and 901 = 14 x 64 + 5 end in 16
-columns. With lengths, offsets or `causal` it is BN wide, and a row's own length says where it lies. Up to 64 tokens the
-short form runs (triton_short_impl). Scores never leave the chip; softmax in base 2, the scale in its exponent.
+Full key tiles go without a mask, then what is left in narrow masked ones. Where every query sees all N keys these are
+as wide as they must be (EDGE, from N mod BN): 197 = 3 x 64 + 5, 577 = 9 x 64 + 1 and 901 = 14 x 64 + 5 end in one of 16
+columns. With lengths, offsets or `causal` they are 32 wide, and a row's own length says where they lie. Up to 64 tokens
+the short form runs (triton_short_impl). Scores never leave the chip; softmax in base 2, the scale in its exponent.
 
 Tiles follow the configuration, T and N; never the number of rows. Does not know gradients (triton_backward_impl).
 Shapes: B batch, T queries, N keys, H heads, D head width.
@@ -23,6 +23,7 @@ from miss.kernels.attention.triton_rows_impl import (
     SIZES,
     Problem,
     divisible,
+    edge_width,
     line_of,
     normalise,
     packed,
@@ -31,7 +32,6 @@ from miss.kernels.attention.triton_rows_impl import (
     sequence,
     signature,
     start_of,
-    tail_width,
 )
 from miss.kernels.launches import Case, Launch, choose
 from miss.kernels.triton_parts import dot, keep_mask
@@ -79,7 +79,7 @@ def _step(
 @triton.jit
 def _forward(
     q, k, v, out, lse, rows, seed, q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, tiles, scale, dropout_p,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0) // tiles
@@ -111,10 +111,10 @@ def _forward(
             acc, top, total, query, k, v, start, length, below, line, dropout_seed, k_n, v_n, N, log2_scale, dropout_p,
             D, BN, False, CAUSAL, DROPOUT,
         )  # fmt: skip
-    for start in tl.range(full, end, TAIL, num_stages=1):  # one tile, but along causal's edge
+    for start in tl.range(full, end, EDGE, num_stages=1):  # one tile, but along causal's edge
         acc, top, total = _step(
             acc, top, total, query, k, v, start, length, below, line, dropout_seed, k_n, v_n, N, log2_scale, dropout_p,
-            D, TAIL, True, CAUSAL, DROPOUT,
+            D, EDGE, True, CAUSAL, DROPOUT,
         )  # fmt: skip
     result, normaliser = normalise(acc, top, total, length, dropout_p, DROPOUT)
     at = out + ((first + t) * H + head)[:, None] * D + d[None, :]
@@ -138,9 +138,8 @@ def _run(problem: Problem) -> tuple[Tensor, Tensor]:
         short.forward[grid](*tensors, *numbers, BT=size, BN=size, **options)
         return out, lse
     tiles, block = triton.cdiv(problem.queries, launch.blocks["BM"]), launch.blocks["BN"]
-    fixed = problem.rows is None and not problem.causal  # every query sees all N keys
-    tail = tail_width(problem.keys, block) if fixed else block
-    _forward[(problem.batch * problem.heads * tiles,)](*tensors, tiles, *numbers, TAIL=tail, **options)
+    edge = edge_width(problem.fixed_keys, block)
+    _forward[(problem.batch * problem.heads * tiles,)](*tensors, tiles, *numbers, EDGE=edge, **options)
     return out, lse
 
 
@@ -194,7 +193,7 @@ def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> 
     constants: dict[str, Any] = {"D": width, **launch.blocks}
     constants |= {flag.upper(): flag in option for flag in ("causal", "lengths", "varlen", "dropout")}
     if long:
-        constants["TAIL"] = launch.blocks["BN"] if option else 16
+        constants["EDGE"] = edge_width(None if option else 577, launch.blocks["BN"])
     else:
         constants["BT"] = constants["BN"] = int(kind.removeprefix("short"))
     name = "-".join(filter(None, (kind, "x".join(map(str, launch.blocks.values())), str(width), option)))

@@ -45,6 +45,11 @@ class Problem:
         return f"short{max(16, triton.next_power_of_2(longest))}" if longest <= SHORT else "long"
 
     @property
+    def fixed_keys(self) -> int | None:
+        """How many keys every query sees; None where that differs."""
+        return self.keys if self.rows is None and not self.causal else None
+
+    @property
     def heads(self) -> int:
         return self.q.shape[-2]
 
@@ -90,9 +95,13 @@ def packed(
     return Problem(q, k, v, offsets, len(offsets) - 1, longest, longest, causal, scale, p, seed)
 
 
-def tail_width(size: int, block: int) -> int:
-    """The narrowest tile for what is left of `size` behind full tiles."""
-    return min(block, max(16, triton.next_power_of_2(size % block)))
+EDGE = 32  # the widest masked tile: 64 spills in backward on sm_80, and wastes more on a row that ends in it
+
+
+def edge_width(size: int | None, block: int) -> int:
+    """How wide the masked tiles behind full ones of `block` are; `size`: what all rows have, None where each has its own.
+    At most two of them are needed, one where `size` leaves no more than their width, as image tokens do (1 or 5)."""
+    return min(block, EDGE) if size is None else min(block, EDGE, max(16, triton.next_power_of_2(size % block)))
 
 
 def signature(element: str, names: str) -> dict[str, str]:
