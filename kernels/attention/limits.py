@@ -1,4 +1,4 @@
-"""What the compiled CPU kernels of the attention family take, asked at every call.
+"""What the compiled CPU kernels of the attention family, and attention's Triton kernels, take, asked at every call.
 
 Knows their limits; does not know the kernels.
 """
@@ -63,3 +63,37 @@ def varlen_backward(
     *_: Any,
 ) -> str | None:
     return misfit(scale, q, k, v)
+
+
+_INT32 = 2**31
+
+
+def _far(rows: int, *tensors: Tensor) -> str | None:
+    """Within a sequence of `rows` Triton kernels count elements in int32."""
+    for t in tensors:
+        span = (rows - 1) * abs(t.stride(-3)) + t.shape[-2] * abs(t.stride(-2))
+        if span >= _INT32:
+            return f"a sequence spans {span} elements in memory; wanted less than 2^31"
+    return None
+
+
+def triton_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float, *_: Any
+) -> str | None:
+    return misfit(scale, q, k, v) or _far(q.shape[1], q) or _far(k.shape[1], k, v)
+
+
+def triton_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, causal: bool, scale: float, *_: Any
+) -> str | None:
+    return misfit(scale, q, k, v) or _far(max_length, q, k, v)
+
+
+def triton_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> str | None:
+    return triton_forward(q, k, v, *rest)
+
+
+def triton_varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> str | None:
+    return triton_varlen_forward(q, k, v, *rest)

@@ -30,7 +30,7 @@ from torch import Tensor
 from miss.kernels import extension
 from miss.kernels.attention import limits, reference, torch_impl
 from miss.kernels.dropout import Seed, as_seed
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy, triton
 
 
 def _cpu(function: str, fits: Callable[..., str | None]) -> Impl:
@@ -40,24 +40,28 @@ def _cpu(function: str, fits: Callable[..., str | None]) -> Impl:
 
 FORWARD = Op(
     "attention",
+    triton("attention.triton_impl", "forward", limits.triton_forward),
     _cpu("forward", limits.forward),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
     "attention_backward",
+    triton("attention.triton_backward_impl", "backward", limits.triton_backward),
     _cpu("backward", limits.backward),
     Impl("torch", torch_impl.backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.backward, dtypes=ALL_FLOATS),
 )
 VARLEN_FORWARD = Op(
     "attention_varlen",
+    triton("attention.triton_impl", "varlen_forward", limits.triton_varlen_forward),
     _cpu("varlen_forward", limits.varlen_forward),
     Impl("torch", torch_impl.varlen_forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.varlen_forward, dtypes=ALL_FLOATS),
 )
 VARLEN_BACKWARD = Op(
     "attention_varlen_backward",
+    triton("attention.triton_backward_impl", "varlen_backward", limits.triton_varlen_backward),
     _cpu("varlen_backward", limits.varlen_backward),
     Impl("torch", torch_impl.varlen_backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.varlen_backward, dtypes=ALL_FLOATS),
