@@ -108,7 +108,7 @@ def reorder(k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) ->
 
 
 def cases() -> Iterator[Case]:
-    """bfloat16, 12 heads of 64 and of 32, heads one behind another (strides of 1 are constants, as Triton makes them)."""
+    """bfloat16, 12 heads of 64 and of 32, heads one behind another; strides of 1 are constants, as in a launch."""
     sides = ("k", "v")
     strides = [f"{side}_{axis}" for side in sides for axis in ("slot", "position", "head", "along")]
     new_strides = [f"new_{side}_{axis}" for side in sides for axis in ("row", "head", "along")]
@@ -124,7 +124,8 @@ def cases() -> Iterator[Case]:
             pointers = {**caches, "buffer": "*bf16", "source": "*i32", "target": "*i32"}
             for name, gather in (("gather", True), ("scatter", False)):
                 fixed = {**constants, "GATHER": gather}
-                yield _case("kv_reorder", f"{name}-{width}", _reorder, pointers, ("R", "L"), strides, fixed, launch, i)
+                numbers = ["R", "L", *strides]
+                yield _case("kv_reorder", f"{name}-{width}", _reorder, pointers, numbers, fixed, launch, i)
 
 
 def _case(
@@ -132,14 +133,14 @@ def _case(
     name: str,
     kernel: object,
     pointers: dict[str, str],
-    sizes: tuple[str, ...],
-    strides: list[str],
+    numbers: list[str],
     constants: dict[str, object],
     launch: Launch,
     place: int,
 ) -> Case:
-    numbers = [s for s in strides if not s.endswith("along")]
-    signature = {**pointers, **dict.fromkeys([*sizes, *numbers], "i32")}
-    constants = {**constants, **dict.fromkeys([s for s in strides if s.endswith("along")], 1), **launch.blocks}
+    along = [n for n in numbers if n.endswith("along")]
+    strides = [n for n in numbers if "_" in n and n not in along]
+    signature = {**pointers, **{n: "i32" for n in numbers if n not in along}}
+    constants = {**constants, **dict.fromkeys(along, 1), **launch.blocks}
     full = f"{name}-{launch.blocks['BLOCK']}"
-    return Case(op, full, kernel, signature, constants, launch, place == 0, (*pointers, *numbers))
+    return Case(op, full, kernel, signature, constants, launch, place == 0, (*pointers, *strides))
