@@ -42,7 +42,7 @@ from miss.kernels.attention import limits
 from miss.kernels.attention.reference import log_sum_exp
 from miss.kernels.cross_attention import reference, torch_impl
 from miss.kernels.dropout import Seed, as_seed
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy, triton
 
 
 class KV(NamedTuple):
@@ -113,6 +113,7 @@ def _tokens_fits(
 FORWARD = Op(
     "cross_attention",
     _cpu("kv_forward", _forward_fits),
+    triton("cross_attention.triton_impl", "kv_forward", _forward_fits),
     Impl("torch", torch_impl.kv_forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.kv_forward, dtypes=ALL_FLOATS),
 )

@@ -20,10 +20,10 @@ from torch import Tensor
 from miss.kernels import extension
 from miss.kernels.attention import limits
 from miss.kernels.decode_attention import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy, triton
 
 
-def _cpu_fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> str | None:
+def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> str | None:
     return limits.misfit(scale, q, k_cache, v_cache)
 
 
@@ -35,8 +35,9 @@ FORWARD = Op(
         device="cpu",
         dtypes=limits.CPU_DTYPES,
         needs=extension.missing,
-        limits=_cpu_fits,
+        limits=_fits,
     ),
+    triton("decode_attention.triton_impl", "forward", _fits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from miss.kernels import extension
 from miss.kernels.kv_cache import reference, torch_impl
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, lazy
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, lazy, triton
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
@@ -38,6 +38,20 @@ def _append_limits(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *_: o
     )
 
 
+def _triton_append_limits(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
+    if not {k_cache.dtype, v_cache.dtype, k.dtype, v.dtype} <= ALL_FLOATS:
+        return "takes floating-point caches and rows"
+    return _triton_reorder_limits(k_cache, v_cache)
+
+
+def _triton_reorder_limits(k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
+    if v_cache.dtype != k_cache.dtype:
+        return "takes caches of one dtype"
+    # Within a slot offsets are 32-bit.
+    spans = (sum((n - 1) * s for n, s in zip(c.shape[1:], c.stride()[1:], strict=True)) for c in (k_cache, v_cache))
+    return None if max(spans) < 2**31 else "takes slots that span less than 2^31 numbers"
+
+
 def _reorder_limits(k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
     return None if _runs(k_cache) and _runs(v_cache) else "needs the heads of a row one behind another"
 
@@ -52,6 +66,7 @@ APPEND = Op(
         needs=extension.missing,
         limits=_append_limits,
     ),
+    triton("kv_cache.triton_impl", "append", _triton_append_limits, ALL_FLOATS),
     Impl("torch", torch_impl.append, dtypes=ALL_FLOATS),
     Impl("reference", reference.append, dtypes=ALL_FLOATS),
 )
@@ -65,6 +80,7 @@ REORDER = Op(
         needs=extension.missing,
         limits=_reorder_limits,
     ),
+    triton("kv_cache.triton_impl", "reorder", _triton_reorder_limits, ALL_FLOATS),
     Impl("torch", torch_impl.reorder, dtypes=ALL_FLOATS),
     Impl("reference", reference.reorder, dtypes=ALL_FLOATS),
 )
