@@ -93,7 +93,7 @@ def _runners(case: Case, inputs: tuple[Any, ...], result: Result) -> list[Runner
     name = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
     runners = []
     for impl in op.impls[:-1]:
-        if reason := op.why_not(impl, *args):
+        if reason := op.cannot(impl, *args):
             result.skipped.append({**name, "implementation": impl.name, "reason": reason})
             continue
         ours = impl.name != "torch"

@@ -7,6 +7,8 @@ arguments meet is run. Above the reference stands a `torch` row: what a good PyT
 reference comes last, needs nothing, takes float64 and is what every other implementation is tested against.
 
 Force one with `with use(layer_norm="reference"):` or `MISS_KERNELS=layer_norm=reference,attention=torch`.
+
+Forced, a GPU kernel of ours always runs; by itself only where a record shows it correct and faster (evidence.py).
 """
 
 import contextlib
@@ -23,6 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from miss.kernels import evidence
+from miss.kernels.evidence import Target, Verdict
 
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ALL_FLOATS = FLOATS | {torch.float64}
@@ -44,6 +49,8 @@ class Impl:
     `run` imports the module that holds it, so that what this machine cannot run is never imported.
     `composite` says that it is made of PyTorch operations alone: autograd sees through it, so that a call that needs
     gradients may run it directly instead of going through the opaque custom operator.
+    `sources` says that it is a GPU kernel of ours: the modules of miss.kernels that it is made of ("ema.triton_impl"),
+    whose hash its evidence holds.
     """
 
     name: str
@@ -55,6 +62,7 @@ class Impl:
     needs: Callable[[], str | None] | None = None  # of the machine, once a process: None, or what is missing
     limits: Callable[..., str | None] | None = None  # shapes, strides, options: None, or why not
     composite: bool = False
+    sources: tuple[str, ...] = ()
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
@@ -77,8 +85,16 @@ def triton(
     capability: tuple[int, int] = (8, 0),
 ) -> Impl:
     """The `triton` row of a table: `function` of miss.kernels.`module`, for GPUs of `capability` and above."""
-    run = lazy(module, function)
-    return Impl("triton", run, device="cuda", capability=capability, dtypes=dtypes, requires="triton", limits=limits)
+    return Impl(
+        "triton",
+        lazy(module, function),
+        device="cuda",
+        capability=capability,
+        dtypes=dtypes,
+        requires="triton",
+        limits=limits,
+        sources=(module,),
+    )
 
 
 class Forced:
@@ -247,13 +263,36 @@ def _wrapped(op: "Op", impl: Impl, args: tuple[Any, ...], run: Callable[[], Any]
     return _wrappers[-1](op, impl, args, run) if _wrappers else run()
 
 
+_pretended: Target | None = None
+
+
+@contextlib.contextmanager
+def pretend(target: Target) -> Iterator[None]:
+    """Inside this block every choice is made as for tensors on that GPU, wherever they are; what is chosen and cannot
+    run where they are is computed by the reference in its place. For explanations: one block at a time."""
+    global _pretended
+    _pretended = target
+    try:
+        yield
+    finally:
+        _pretended = None
+
+
 @functools.cache
-def _misfit(impl: Impl, device: torch.device, dtype: torch.dtype) -> str | None:
+def _target(device: torch.device) -> Target:
+    return Target(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _misfit(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str | None:
     """Why `impl` cannot serve this device and dtype; None where it can."""
-    if impl.device is not None and device.type != impl.device:
-        return f"needs a {impl.device} tensor, got {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < impl.capability:
-        return f"needs compute capability {impl.capability}, got {torch.cuda.get_device_capability(device)}"
+    kind = where.type if isinstance(where, torch.device) else "cuda"
+    if impl.device is not None and kind != impl.device:
+        return f"needs a {impl.device} tensor, got {kind}"
+    if kind == "cuda":
+        capability = (_target(where) if isinstance(where, torch.device) else where).capability
+        if capability < impl.capability:
+            return f"needs compute capability {impl.capability}, got {capability}"
     if dtype not in impl.dtypes:
         return f"does not take {str(dtype).removeprefix('torch.')}"
     if impl.requires is not None and importlib.util.find_spec(impl.requires) is None:
@@ -278,11 +317,29 @@ class Op:
         OPS[name] = self
 
     def why_not(self, impl: Impl, *args: Any) -> str | None:
-        """Why `impl` cannot serve these arguments (device and dtype are the first tensor's); None where it can."""
-        if impl.name == "triton" and _forced.get(self.name) is None:  # until evidence from a GPU can be recorded
-            return "unvalidated: never run on a GPU; it runs only where it is forced"
+        """Why the choice passes over `impl`; None where it would run (device and dtype are the first tensor's)."""
         first = args[0] if isinstance(args[0], Tensor) else _first_tensor(args)
-        return _misfit(impl, first.device, first.dtype) or (impl.limits(*args) if impl.limits else None)
+        reason = _misfit(impl, first.device if _pretended is None else _pretended, first.dtype)
+        if reason is None and impl.limits is not None:
+            reason = impl.limits(*args)
+        if reason is None and impl.sources and _forced.get(self.name) is None:
+            reason = self.verdict(impl, *args).reason
+        return reason
+
+    def cannot(self, impl: Impl, *args: Any) -> str | None:
+        """Why `impl` cannot serve these arguments, whatever the evidence says; None where it can."""
+        with use(**{self.name: impl.name}):
+            return self.why_not(impl, *args)
+
+    def verdict(self, impl: Impl, *args: Any) -> Verdict:
+        """What the evidence says of a GPU kernel of ours at these arguments, on their GPU."""
+        target = _target(_first_tensor(args).device) if _pretended is None else _pretended
+        gradient = (
+            torch.is_grad_enabled()
+            and self.name + BACKWARD in OPS
+            and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        )
+        return evidence.judge(self.name, impl.name, impl.sources, target, evidence.signature(args), gradient)
 
     def select(self, *args: Any) -> Impl:
         """The implementation that runs for these arguments.
@@ -301,6 +358,8 @@ class Op:
             watcher(self, args, chosen)
         if chosen is None:
             raise NotImplementedError(self.explain(*args))
+        if _pretended is not None and (chosen.device, chosen.requires) != (None, None):
+            return self.impls[-1]
         return chosen
 
     def candidates(self, *args: Any) -> list[tuple[Impl, str | None]]:
@@ -308,8 +367,16 @@ class Op:
         return self._rows(lambda impl: self.why_not(impl, *args))
 
     def here(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Impl, str | None]]:
-        """The same before arguments are known: what an implementation's `limits` say of shapes is left out."""
-        return self._rows(lambda impl: _misfit(impl, device, dtype))
+        """The same before arguments are known: what an implementation's `limits` say of shapes is left out, and of
+        the evidence it is asked whether there is a shape at which it speaks for the implementation."""
+
+        def why_not(impl: Impl) -> str | None:
+            reason = _misfit(impl, device, dtype)
+            if reason is None and impl.sources and _forced.get(self.name) is None:
+                return evidence.on_record(self.name, impl.name, impl.sources, _target(device)).reason
+            return reason
+
+        return self._rows(why_not)
 
     def _rows(self, why_not: Callable[[Impl], str | None]) -> list[tuple[Impl, str | None]]:
         forced = _forced.get(self.name)
