@@ -71,7 +71,8 @@ def find() -> list[Found]:
         for case in _cases(module):
             first = found.setdefault((case.op, case.name), Found(module, case))
             if first.case != case:
-                raise ValueError(f"{module}: a second case is named {case.op} {case.name}, as one of {first.module}")
+                name = f"{case.op} {case.name}"
+                raise ValueError(f"{module}: a second case named {name}, other than that of {first.module}: rename one")
     return list(found.values())
 
 
