@@ -115,7 +115,7 @@ def _plain(value: Any) -> str:
 def _gather(function: FunctionType, parts: dict[str, str]) -> None:
     """Adds a function's source by its name, and all that its body names; Triton's own functions are its version's."""
     name = f"{function.__module__}.{function.__qualname__}"
-    if name in parts or function.__module__.startswith("triton."):
+    if name in parts or function.__module__.split(".")[0] == "triton":
         return
     parts[name] = textwrap.dedent(inspect.getsource(function))
     for node in ast.walk(ast.parse(parts[name])):
