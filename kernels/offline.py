@@ -71,7 +71,8 @@ def find() -> list[Found]:
         for case in _cases(module):
             first = found.setdefault((case.op, case.name), Found(module, case))
             if first.case != case:
-                raise ValueError(f"{module}: a second case is named {case.op} {case.name}, as one of {first.module}")
+                name = f"{case.op} {case.name}"
+                raise ValueError(f"{module}: a second case named {name}, other than that of {first.module}: rename one")
     return list(found.values())
 
 
@@ -114,7 +115,7 @@ def _plain(value: Any) -> str:
 def _gather(function: FunctionType, parts: dict[str, str]) -> None:
     """Adds a function's source by its name, and all that its body names; Triton's own functions are its version's."""
     name = f"{function.__module__}.{function.__qualname__}"
-    if name in parts or function.__module__.startswith("triton."):
+    if name in parts or function.__module__.split(".")[0] == "triton":
         return
     parts[name] = textwrap.dedent(inspect.getsource(function))
     for node in ast.walk(ast.parse(parts[name])):
