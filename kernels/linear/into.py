@@ -16,7 +16,7 @@ from torch import Tensor
 from miss.kernels import extension
 from miss.kernels.linear import reference, torch_impl
 from miss.kernels.linear.op import CPU_DTYPES, check_dtypes, check_shapes, of_dtype, product_limits
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, lazy
+from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, lazy, triton
 
 PIECES = (32, 64)  # elements of out's last dimension that csrc/cpu writes
 
@@ -32,6 +32,33 @@ def _limits(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | Non
     if out.dtype != x.dtype:
         return f"x is {x.dtype}, out {out.dtype}"
     return product_limits(x, weight, bias, panels) or places_limits(x, out)
+
+
+def dense_dims(out: Tensor, start: int, stop: int, count: int) -> list[tuple[int, int]]:
+    """(size, stride) of out's dimensions start … stop - 1, those that lie densely within the one before merged into it
+    and size-1 ones left out; with (1, 0) in front where fewer than `count` remain, without a limit where more do."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(out.shape[start:stop], out.stride()[start:stop], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            size *= merged.pop()[0]
+        merged.append((size, stride))
+    return [(1, 0)] * (count - len(merged)) + merged
+
+
+def _triton_limits(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None, out: Tensor) -> str | None:
+    if out.dtype != x.dtype or weight.dtype not in (x.dtype, torch.float32):
+        return f"x is {x.dtype}, the weight {weight.dtype}, out {out.dtype}"
+    if bias is not None and bias.dtype not in FLOATS:
+        return f"takes a float32, float16 or bfloat16 bias, got {bias.dtype}"
+    if not x.shape[-1]:
+        return "needs at least one column"
+    leading = x.dim() - 1
+    rows, places = dense_dims(out, 0, leading, 2), dense_dims(out, leading, out.dim(), 3)
+    if len(rows) > 2 or len(places) > 3:
+        return f"out's strides {out.stride()}: takes rows of two steps and places of three"
+    return None if places[-1][1] in (0, 1) else f"takes dense elements in out's last dimension, strides {out.stride()}"
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None, out: Tensor) -> None:
@@ -52,6 +79,7 @@ INTO = Op(
         needs=extension.missing,
         limits=_limits,
     ),
+    triton("linear.triton_impl", "into", _triton_limits),
     Impl("torch", _torch, dtypes=ALL_FLOATS),
     Impl("reference", _reference, dtypes=ALL_FLOATS),
 )

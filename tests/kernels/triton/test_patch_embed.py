@@ -27,10 +27,10 @@ FLOORS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # a p
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    product = {"BM": 8, "BN": 16, "BK": 16, "GROUP": 2}
+    product = {"BM": 16, "BN": 16, "BK": 16, "GROUP": 2}
     blocks = {
         "forward": product,
-        "weight": {"BC": 16, "BK": 32, "BM": 4, "SPLITS": 3},
+        "weight": {"BC": 16, "BK": 32, "BM": 16, "SPLITS": 3},
         "pixels": product,
         "sum": {"BP": 2, "BC": 64},
     }
