@@ -1,4 +1,4 @@
-"""Products with packed int8 and int4 weights, and the one description of how they are packed."""
+"""Products with packed int8, int4 and fp8 weights, and the one description of how they are packed."""
 
 from miss.kernels.quant_linear.into import quant_linear_into
 from miss.kernels.quant_linear.op import prepare, quant_embedding, quant_linear
@@ -9,6 +9,7 @@ from miss.kernels.quant_linear.packing import (
     dequantise_rows,
     from_flat,
     pack_codes,
+    pack_fp8,
     pack_int4,
     pack_int8,
     pack_llm_int8,
@@ -26,6 +27,7 @@ __all__ = [
     "dequantise_rows",
     "from_flat",
     "pack_codes",
+    "pack_fp8",
     "pack_int4",
     "pack_int8",
     "pack_llm_int8",

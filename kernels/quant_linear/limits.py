@@ -9,6 +9,12 @@ DEPTH = 2**31 // 127**2  # columns whose int32 sum of products of two int8 numbe
 
 
 def packed(data: Tensor, scale: Tensor, zero: Tensor | None = None) -> str | None:
+    if data.dtype not in (torch.int8, torch.uint8):
+        return "takes int8 and int4 weights"
+    return laid_out(data, scale, zero)
+
+
+def laid_out(data: Tensor, scale: Tensor, zero: Tensor | None = None) -> str | None:
     if not data.numel():
         return "needs a weight with at least one element"
     parts = (data, scale) if zero is None else (data, scale, zero)
@@ -41,6 +47,12 @@ def dynamic(
     if data.shape[1] > DEPTH:
         return f"its int32 sums hold {DEPTH} columns"
     return forward(x, data, scale, None, bias)
+
+
+def fp8(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> str | None:
+    if bias is not None and bias.dtype not in FLOATS:
+        return "takes a bias of float32, float16 or bfloat16"
+    return laid_out(data, scale)
 
 
 def rows(

@@ -5,6 +5,7 @@ which layers are, or why.
 
     quant_linear, weight only:  y = x @ W.T + bias,  W = unpack(packed)
     quant_linear, W8A8:         s = max|x row| / 127;  q = round(x / s);  y = (q @ data.T) * s * scale + bias
+    quant_linear, fp8:          as W8A8 with float8 (e4m3) numbers and 448 for 127 (`fp8.py`)
     quant_embedding:            y = W[ids]
 
 x (…, K), y (…, N) in x's dtype; W (N, K); bias (N,) or None. Sums are float32 (float64 in float64); those of W8A8 are
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from miss.kernels import extension
 from miss.kernels.quant_linear import limits, reference, torch_impl
+from miss.kernels.quant_linear.fp8 import fp8_linear
 from miss.kernels.quant_linear.library import library_linear
 from miss.kernels.quant_linear.packing import LIBRARY, PackedWeight
 from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, lazy, triton
@@ -188,6 +190,8 @@ def quant_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
     x, bias = autocast_to(x, bias)
     if packed.scheme in LIBRARY:
         return library_linear(x, packed, bias)
+    if packed.scheme == "fp8":
+        return fp8_linear(x, packed, bias)
     panels, offset = packed.prepared or (None, None)
     if not packed.dynamic:
         args = (x, packed.data, packed.scale, packed.zero, bias, columns, packed.group, panels, offset)
@@ -199,7 +203,8 @@ def quant_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
 
 def prepare(packed: PackedWeight) -> PackedWeight:
     """`packed` with what the kernels for this CPU read in its place; unchanged where there are none."""
-    if packed.scheme in LIBRARY or packed.data.device.type != "cpu" or extension.missing() is not None:
+    ours = packed.scheme in ("int8", "int4")
+    if not ours or packed.data.device.type != "cpu" or extension.missing() is not None:
         return packed
     return lazy("quant_linear.cpu_impl", "prepared")(packed)
 

@@ -5,6 +5,7 @@ Knows single matrices; does not know which layers are packed, calibration data, 
 Shapes: N rows (outputs, or tokens of a table), K columns (inputs, or width), G = ceil(K / group) groups.
 
 int8   w[n, k] = data[n, k] * scale[n]                       data int8 (N, K) in -127 … 127; scale float32 (N,)
+fp8    w[n, k] = data[n, k] * scale[n]                       data float8_e4m3fn (N, K); scale float32 (N,)
 int4   w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]     g = k // group; code 0 … 15; scale float16 (N, G), may be
                                                              negative; zero uint8 (N, G), or absent and then 8
        data uint8 (N, G * group / 2): byte j of a group holds the codes of its columns j (low nibble) and
@@ -33,9 +34,12 @@ from miss.kernels.registry import lazy
 
 GROUPS = (32, 64, 128)
 _VERSION = 1
-_CODES = {"int8": 8, "int4": 4, "llm-int8": 108, "nf4": 104}  # how `layout` calls the schemes
+_CODES = {"int8": 8, "int4": 4, "llm-int8": 108, "nf4": 104, "fp8": 208}  # how `layout` calls the schemes
+_DYNAMIC = {"int8": (0, 1), "fp8": (1,)}  # what `layout` may say of activations; 0 elsewhere
 LIBRARY = ("nf4", "llm-int8")  # bitsandbytes' schemes
 OUTLIER = 6.0
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = 448.0
 NF4_BLOCK = 64
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -56,7 +60,8 @@ class Prepared(NamedTuple):
 
 
 class PackedWeight(NamedTuple):
-    """A packed (N, K) matrix. `dynamic` asks for int8 activations too (W8A8), scaled row by row as they come.
+    """A packed (N, K) matrix. `dynamic` asks for int8 activations too (W8A8), scaled row by row as they come; fp8
+    weights always take activations of their own kind.
 
     `prepared` is what `prepare` adds on a CPU that has kernels of ours; it is no part of a file.
     """
@@ -103,6 +108,16 @@ def quantise_rows(x: Tensor) -> QuantRows:
     return QuantRows(codes.to(torch.uint8), scale.float())
 
 
+def quantise_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (…, K) as float8_e4m3fn codes and a float32 scale a row, max|row| / 448; otherwise as `quantise_rows`."""
+    xf = x if x.dtype == torch.float64 else x.float()
+    largest = xf.abs().amax(-1) if x.shape[-1] else xf.new_zeros(x.shape[:-1])
+    scale = (largest / FP8_LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = torch.where(largest == 0, 1.0, torch.where(largest.isinf(), torch.nan, scale)).float()
+    codes = torch.nan_to_num(xf / scale[..., None], nan=0.0).clamp(-FP8_LARGEST, FP8_LARGEST)
+    return codes.float().to(FP8), scale
+
+
 def dequantise_rows(rows: QuantRows, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers (…, K) that `rows` stands for."""
     return ((rows.codes.to(torch.float32) - 128) * rows.scale[..., None]).to(dtype)
@@ -124,6 +139,20 @@ def pack_int8(weight: Tensor, dynamic: bool = False) -> PackedWeight:
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
     data = torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8)
     return PackedWeight(data, scale, None, "int8", 0, _shape(w), dynamic)
+
+
+def pack_fp8(weight: Tensor) -> PackedWeight:
+    """Float8 (e4m3) numbers, a scale a row: w / scale rounded to them, with scale = max|row| / 448.
+
+    Args:
+        weight: float (N, K).
+
+    Raises:
+        PackingError: the weight is not a finite float matrix.
+    """
+    w = _checked(weight)
+    data, scale = quantise_rows_fp8(w)
+    return PackedWeight(data, scale, None, "fp8", 0, _shape(w), True)
 
 
 def pack_int4(
@@ -223,7 +252,7 @@ def dequantise(
 ) -> Tensor:
     """`unpack` on bare tensors; the leading dimensions of data, scale and zero are any, but the same."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    if data.dtype == torch.int8:
+    if data.dtype in (torch.int8, FP8):
         return (data.to(acc) * scale.to(acc)[..., None]).to(dtype)
     codes = from_nibbles(data, group).to(acc)
     s = scale.to(acc)
@@ -274,7 +303,7 @@ def from_flat(tensors: Mapping[str, Tensor], prefix: str) -> PackedWeight:
     _, code, group, rows, columns, dynamic = (int(v) for v in layout.tolist())
     scheme = next((name for name, known in _CODES.items() if known == code), None)
     groups = {"int4": GROUPS, "nf4": (NF4_BLOCK,)}
-    if scheme is None or group not in groups.get(scheme, (0,)) or dynamic > (scheme == "int8"):
+    if scheme is None or group not in groups.get(scheme, (0,)) or dynamic not in _DYNAMIC.get(scheme, (0,)):
         raise PackingError(f"packed weight {prefix}: code {code}, group {group}, dynamic {dynamic} is not a scheme")
     packed = PackedWeight(data, scale, parts["zero"], scheme, group, (rows, columns), bool(dynamic))
     _check_parts(packed, prefix)
@@ -289,8 +318,11 @@ def packed_names(tensors: Mapping[str, Tensor]) -> list[str]:
 def _wanted(packed: PackedWeight) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The dtype and shape of every part that the scheme knows."""
     rows, columns = packed.shape
-    if packed.scheme in ("int8", "llm-int8"):
-        return {"data": (torch.int8, (rows, columns)), "scale": (torch.float32, (rows,))}
+    if packed.scheme in ("int8", "llm-int8", "fp8"):
+        return {
+            "data": (FP8 if packed.scheme == "fp8" else torch.int8, (rows, columns)),
+            "scale": (torch.float32, (rows,)),
+        }
     if packed.scheme == "nf4":
         size = rows * columns
         return {"data": (torch.uint8, (-(-size // 2),)), "scale": (torch.float32, (-(-size // NF4_BLOCK),))}

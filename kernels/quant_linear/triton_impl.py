@@ -270,10 +270,10 @@ def cases() -> Iterator[Case]:
                 name = f"{kind}{f'-group{group}' if group else ''}-{'x'.join(map(str, launch.blocks.values()))}"
                 kernel = _few if form == "few" else _many
                 yield Case("quant_linear", name, kernel, signature, constants, launch, i == 0, ends)
-    for bits in (8, 4):
-        launch, half = LAUNCHES["embedding"][0], 0 if bits == 8 else 32
-        signature = {"scale": PACKED[bits]["scale"], "data": PACKED[bits]["data"]}
-        signature |= {"zero": PACKED[bits]["data"], "ids": "*i64", "y": "*bf16", "V": "i32", "K": "i32", "G": "i32"}
-        constants = {"HALF": half, "HAS_ZERO": bits == 4, **launch.blocks}
-        ends = ("scale", "data", "zero", "ids", "y", "K")
-        yield Case("quant_embedding", f"int{bits}", _embedding, signature, constants, launch, True, ends)
+    for width, group in ((8, 0), (4, 64)):
+        parts, launch = PACKED[width], LAUNCHES["embedding"][0]
+        signature = {"scale": parts["scale"], "data": parts["data"], "zero": parts["data"], "ids": "*i64"}
+        signature |= {"y": "*bf16", "V": "i32", "K": "i32", "G": "i32"}
+        constants = {"HALF": group // 2, "HAS_ZERO": group > 0, **launch.blocks}
+        known = ("scale", "data", "zero", "ids", "y", "K")
+        yield Case("quant_embedding", f"int{width}", _embedding, signature, constants, launch, True, known)

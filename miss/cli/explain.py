@@ -29,6 +29,7 @@ from miss.kernels.linear_top_k import linear_at, linear_top_k
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import (
     PackedWeight,
+    pack_fp8,
     pack_int4,
     pack_int8,
     pack_llm_int8,
@@ -245,6 +246,7 @@ def library_calls(x: Callable[[], Tensor], weight: Callable[[], Tensor]) -> dict
         return {}
     return {
         "quant_linear_nf4": lambda: quant_linear(x(), pack_nf4(weight())),
+        "quant_linear_fp8": lambda: quant_linear(x(), pack_fp8(weight())),
         "quant_linear_llm_int8": lambda: quant_linear(x(), pack_llm_int8(weight())),
     }
 
