@@ -277,11 +277,12 @@ def varlen_backward(
 def cases() -> Iterator[Case]:
     """Every launch, the defaults also at heads of 32 and with what changes a kernel most; float32's own."""
     for kind, launches in LAUNCHES.items():
+        least = "dropout" if "dropout" in kind else ""
         for i, launch in enumerate(launches):
-            yield _case(kind, launch, "", 64, i == 0)
+            yield _case(kind, launch, least, 64, i == 0)
         if kind.startswith("long") or kind == "short32":
-            yield _case(kind, launches[0], "", 32, True)
-            yield _case(kind, launches[0], "lengths-causal-dropout", 64, True)
+            yield _case(kind, launches[0], least, 32, True)
+            yield _case(kind, launches[0], f"lengths-causal{'' if kind == 'long_keys' else '-dropout'}", 64, True)
 
 
 def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> Case:
@@ -294,7 +295,9 @@ def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> 
         kernel, tensors, tiles = short.backward, "dout q k v out lse dq dk dv rows seed", ""
         constants["BT"] = constants["BN"] = int(kind.removeprefix("short"))
     else:
-        constants["EDGE"] = edge_width(None if option else 577, launch.blocks["BM" if kernel is _dkv else "BN"])
+        constants["EDGE"] = edge_width(
+            None if "causal" in option else 577, launch.blocks["BM" if kernel is _dkv else "BN"]
+        )
     types = signature("fp32" if "float32" in kind else "bf16", f"{tensors} {SIZES}{tiles} scale dropout_p")
     name = "-".join(filter(None, (kind, "x".join(map(str, launch.blocks.values())), str(width), option)))
     return Case("attention_backward", name, kernel, types, constants, launch, default, divisible(types))

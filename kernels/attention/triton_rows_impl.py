@@ -99,8 +99,7 @@ EDGE = 32  # the widest masked tile: 64 spills in backward on sm_80, and wastes 
 
 
 def edge_width(size: int | None, block: int) -> int:
-    """How wide the masked tiles behind full ones of `block` are; `size`: what all rows have, None where each has its own.
-    At most two of them are needed, one where `size` leaves no more than their width, as image tokens do (1 or 5)."""
+    """How wide masked tiles behind full ones of `block` are, where all rows have `size`, or each its own (None)."""
     return min(block, EDGE) if size is None else min(block, EDGE, max(16, triton.next_power_of_2(size % block)))
 
 
