@@ -51,7 +51,8 @@ LAUNCHES: dict[str, tuple[Launch, ...]] = {
 
 @triton.jit
 def _query_step(
-    acc, q, dout, normaliser, delta, k, v, start, length, below, line, seed, k_n, v_n, N, log2_scale, dropout_p,
+    acc, q, dout, normaliser, delta, k, v, start, length, t, shift, line0, line_t, seed, k_n, v_n, N,
+    log2_scale, dropout_p,
     D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dq / scale of one key tile, added."""
@@ -62,11 +63,11 @@ def _query_step(
     if MASKED:
         visible = (n < length)[None, :]
         if CAUSAL:
-            visible = visible & (n[None, :] <= below[:, None])
+            visible = visible & (n[None, :] <= (t + shift)[:, None])
         p = tl.where(visible, p, 0.0)
     dp = dot(dout, tl.trans(values))
     if DROPOUT:
-        kept = keep_mask(seed, line[:, None] * N + n[None, :], dropout_p)
+        kept = keep_mask(seed, (line0 + t * line_t)[:, None] * N + n[None, :], dropout_p)
         dp = tl.where(kept, dp * (1.0 / (1.0 - dropout_p)), 0.0)
     ds = p * (dp - delta[:, None])
     return dot(ds.to(keys.dtype), keys, acc)
@@ -88,7 +89,10 @@ def _dq(
     k = start_of(k, b, head, first, k_b, k_n, k_h, VARLEN)
     v = start_of(v, b, head, first, v_b, v_n, v_h, VARLEN)
     t = t0 + tl.arange(0, BM)
-    line = line_of(b, head, t, first, T, H, VARLEN)
+    line0, line_t = line_of(b, head, 0, first, T, H, VARLEN), 1
+    if VARLEN:
+        line_t = H
+    line = line0 + t * line_t
     dense = (first * H + head) * D
     query = rows_of(start_of(q, b, head, first, q_b, q_t, q_h, VARLEN), t, q_t, queries, D, True)
     incoming = rows_of(dout + dense, t, H * D, queries, D, True)
@@ -100,21 +104,21 @@ def _dq(
     dropout_seed = 0
     if DROPOUT:
         dropout_seed = tl.load(seed)
-    below = t + keys - queries
+    shift = keys - queries
     full, end = length // BN * BN, length
     if CAUSAL:
-        full = tl.minimum(length, t0 + 1 + keys - queries) // BN * BN
-        end = tl.minimum(length, t0 + BM + keys - queries)
+        full = tl.minimum(length, t0 + 1 + shift) // BN * BN
+        end = tl.minimum(length, t0 + BM + shift)
     acc = tl.zeros((BM, D), tl.float32)
     for start in tl.range(0, full, BN):
         acc = _query_step(
-            acc, query, incoming, normaliser, sums, k, v, start, length, below, line, dropout_seed, k_n, v_n, N,
-            scale * LOG2_E, dropout_p, D, BN, False, CAUSAL, DROPOUT,
+            acc, query, incoming, normaliser, sums, k, v, start, length, t, shift, line0, line_t, dropout_seed,
+            k_n, v_n, N, scale * LOG2_E, dropout_p, D, BN, False, CAUSAL, DROPOUT,
         )  # fmt: skip
     for start in tl.range(full, end, EDGE, num_stages=1):
         acc = _query_step(
-            acc, query, incoming, normaliser, sums, k, v, start, length, below, line, dropout_seed, k_n, v_n, N,
-            scale * LOG2_E, dropout_p, D, EDGE, True, CAUSAL, DROPOUT,
+            acc, query, incoming, normaliser, sums, k, v, start, length, t, shift, line0, line_t, dropout_seed,
+            k_n, v_n, N, scale * LOG2_E, dropout_p, D, EDGE, True, CAUSAL, DROPOUT,
         )  # fmt: skip
     at = dq + dense + t[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(at, (acc * scale).to(dq.dtype.element_ty), mask=(t < queries)[:, None])

@@ -100,18 +100,11 @@ def check(shape, option, dtype=torch.float32, floor=3e-6):
     compare(got, low, run(reference, [t.double() for t in tensors], *options), floor)
 
 
-LONG = [
-    (3, 1, 1, 2, 32),
-    (2, 5, 5, 3, 64),
-    (3, 17, 17, 1, 32),
-    (2, 65, 65, 1, 64),
-    (1, 64, 64, 1, 32),
-    (2, 3, 37, 2, 32),
-]
+LONG = [(3, 1, 1, 1, 32), (2, 5, 5, 2, 64), (1, 65, 65, 1, 64), (1, 64, 64, 1, 32), (2, 3, 37, 1, 32)]
 SHORT = [
-    *(("short16", s) for s in ((3, 1, 1, 3, 32), (2, 5, 5, 4, 64), (3, 16, 16, 1, 32), (2, 3, 14, 3, 32))),
-    *(("short32", s) for s in ((3, 17, 17, 3, 32), (2, 30, 30, 2, 64), (2, 1, 32, 2, 32))),
-    *(("short64", s) for s in ((2, 37, 37, 2, 64), (3, 40, 64, 1, 32))),
+    *(("short16", s) for s in ((3, 1, 1, 3, 32), (2, 5, 5, 2, 64), (1, 16, 16, 1, 32))),
+    *(("short32", s) for s in ((2, 17, 17, 3, 32), (1, 30, 30, 2, 64), (2, 1, 32, 1, 32))),
+    *(("short64", s) for s in ((1, 37, 37, 2, 64), (2, 40, 64, 1, 32))),
 ]
 EVERY_FORM = [("long", 37), ("short16", 13), ("short32", 29), ("short64", 37)]
 
@@ -142,8 +135,7 @@ def test_nothing_to_do():
 def test_halves(monkeypatch, form, length, dtype):
     """The floor is two places of bfloat16: the interpreter truncates where a GPU rounds, for P and for out."""
     force(monkeypatch, form)
-    for option in ("all", "every"):
-        check((2, length, length, 2, 32), option, dtype, floor=8e-3)
+    check((2, length, length, 1, 32), "every", dtype, floor=8e-3)
 
 
 def test_an_image_with_the_tables_own_tiles(monkeypatch):
@@ -201,7 +193,7 @@ def test_a_row_does_not_depend_on_its_batch(monkeypatch, form, length):
 @pytest.mark.parametrize(("form", "length"), EVERY_FORM)
 def test_any_strides_and_addresses(monkeypatch, form, length):
     force(monkeypatch, form)
-    q, k, v, dout = inputs(2, length, length, 2, 32, torch.float32)
+    q, k, v, dout = inputs(2, length, length, 1, 32, torch.float32)
     wanted = run(Triton, (q, k, v, dout), None, True, P)
     heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k)]
     flat = torch.cat([v.flatten().new_zeros(1), v.flatten()])
@@ -213,30 +205,27 @@ def test_any_strides_and_addresses(monkeypatch, form, length):
 def test_dropout_has_the_bits_of_its_seed(monkeypatch, form, length):
     """With one-hot values out is the dropped probabilities themselves, with dout = out's like dv too."""
     force(monkeypatch, form)
-    q, k, _, _ = inputs(2, length, length, 3, 32, torch.float32)
-    one_hot = torch.eye(length, 32, device=DEVICE)[None, :, None].repeat(2, 1, 3, 1)
+    q, k, _, _ = inputs(2, length, length, 2, 32, torch.float32)
+    one_hot = torch.eye(length, 32, device=DEVICE)[None, :, None].repeat(2, 1, 2, 1)
     seed = as_seed(SEED, P)
     out, lse, _, _, dv = run(Triton, (q, k, one_hot, one_hot), None, False, P)
-    kept = keep_mask(seed, (2, 3, length, length), P, out.device)
+    kept = keep_mask(seed, (2, 2, length, length), P, out.device)
     assert torch.equal(out.permute(0, 2, 1, 3)[..., :length] > 0, kept)
     assert torch.equal(dv.permute(0, 2, 3, 1)[:, :, :length] > 0, kept)
     longest = length + 3
     q, k, v = (t.flatten(0, 1) for t in (q, k, one_hot))
     out, _, _, _, dv = run(Packed, (q, k, v, v), int32([0, length, 2 * length]), longest, False, P)
-    kept = keep_mask(seed, (2 * length, 3, longest), P, out.device)[..., :length]
+    kept = keep_mask(seed, (2 * length, 2, longest), P, out.device)[..., :length]
     assert torch.equal(out[..., :length] > 0, kept)
-    grads = dv.view(2, length, 3, 32)[..., :length].permute(0, 3, 2, 1).flatten(0, 1)
+    grads = dv.view(2, length, 2, 32)[..., :length].permute(0, 3, 2, 1).flatten(0, 1)
     assert torch.equal(grads > 0, kept)
 
 
-@pytest.mark.parametrize("length", [9, 40])
-@pytest.mark.parametrize("form", ["long", "short16", "short64"])
+@pytest.mark.parametrize(("form", "length"), [("long", 40), ("short16", 9), ("short64", 40)])
 def test_nan_and_infinity(monkeypatch, form, length):
-    if form == "short16" and length > 16:
-        pytest.skip("holds 16")
     force(monkeypatch, form)
     inf, nan = float("inf"), float("nan")
-    q, k, v = (torch.ones(6, length, 2, 32, device=DEVICE) for _ in range(3))
+    q, k, v = (torch.ones(6, n, 2, 32, device=DEVICE) for n in (3, length, length))
     k[0, 3, 0, 5] = nan  # a key of head 0: NaN for all its queries, head 1 untouched
     k[1, 3, 0, 5] = -inf  # a key of weight 0
     k[2, 3, 0, 5] = inf  # NaN, as inf - inf is
