@@ -38,7 +38,8 @@ from miss.kernels.triton_parts import dot, keep_mask
 LAUNCHES: dict[str, tuple[Launch, ...]] = {
     "long": (Launch({"BM": 64, "BN": 64}, 4, 2), Launch({"BM": 128, "BN": 64}, 8, 2)),
     "long_keys": (Launch({"BM": 64, "BN": 64}, 4, 2), Launch({"BM": 64, "BN": 128}, 8, 2)),
-    # Dropout's 64-bit arithmetic takes registers: 64 x 64 spilled on sm_80 (272 bytes), 32 x 64 does not.
+    # Dropout's 64-bit arithmetic takes registers: 64 x 64 spilled on sm_80 (dk and dv 272 bytes, dq 8), these do not.
+    "long_dropout": (Launch({"BM": 64, "BN": 32}, 4, 2),),
     "long_dropout_keys": (Launch({"BM": 32, "BN": 64}, 4, 2),),
     "float32": (Launch({"BM": 32, "BN": 16}, 4, 1),),
     "float32_keys": (Launch({"BM": 16, "BN": 32}, 4, 1),),
@@ -220,6 +221,8 @@ def _run(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tens
     defaults = {name: table[0] for name, table in LAUNCHES.items()}
     rest = (*problem.tensors(), *problem.sizes())
     numbers = (problem.scale, problem.dropout_p)
+    if kind == "long" and problem.seed is not None:
+        kind = "long_dropout"
     launch = choose("attention_backward", kind, defaults, q.device)
     if "G" in launch.blocks:
         size = int(kind.removeprefix("short"))
@@ -233,8 +236,7 @@ def _run(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tens
     _dq[(units * tiles,)](
         dout, q, k, v, out, lse, delta, dq, *rest, tiles, *numbers, EDGE=edge, **_options(problem, launch)
     )
-    form = "long_dropout" if kind == "long" and problem.seed is not None else kind
-    launch = choose("attention_backward", f"{form}_keys", defaults, q.device)
+    launch = choose("attention_backward", f"{kind}_keys", defaults, q.device)
     tiles, block = triton.cdiv(problem.keys, launch.blocks["BN"]), launch.blocks["BM"]
     edge = edge_width(None if problem.varlen else problem.queries, block)
     _dkv[(units * tiles,)](
@@ -286,7 +288,9 @@ def cases() -> Iterator[Case]:
             yield _case(kind, launch, least, 64, i == 0)
         if kind.startswith("long") or kind == "short32":
             yield _case(kind, launches[0], least, 32, True)
-            yield _case(kind, launches[0], f"lengths-causal{'' if kind == 'long_keys' else '-dropout'}", 64, True)
+            yield _case(
+                kind, launches[0], f"lengths-causal{'' if kind in ('long', 'long_keys') else '-dropout'}", 64, True
+            )
 
 
 def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> Case:

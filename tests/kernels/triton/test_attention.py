@@ -32,7 +32,7 @@ def small_blocks(monkeypatch):
     """Tiles of 16 and 32, so that short sequences have full tiles and a tail; 2 heads a program, so that 3 do not fill
     them."""
     blocks = {"float32": (16, 32), "float32_keys": (32, 16), "long": (32, 16), "long_keys": (16, 32)}
-    blocks["long_dropout_keys"] = (16, 32)
+    blocks |= {"long_dropout": (32, 16), "long_dropout_keys": (16, 32)}
     for module in (triton_impl, triton_backward_impl):
         for name, (rows, keys) in blocks.items():
             monkeypatch.setitem(module.LAUNCHES, name, (Launch({"BM": rows, "BN": keys}, 4, 1),))
