@@ -208,10 +208,6 @@ def _dkv(
     tl.store(dv + at, value_grad.to(dv.dtype.element_ty), mask=(n < keys)[:, None])
 
 
-def _options(problem: Problem, launch: Launch) -> dict[str, Any]:
-    return problem.options() | launch.blocks | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-
-
 def _run(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, kind = problem.q, problem.k, problem.v, problem.kind
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
@@ -228,19 +224,19 @@ def _run(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tens
         size = int(kind.removeprefix("short"))
         grid = (problem.batch * triton.cdiv(problem.heads, launch.blocks["G"]),)
         tensors = (dout, q, k, v, out, lse, dq, dk, dv)
-        short.backward[grid](*tensors, *rest, *numbers, BT=size, BN=size, **_options(problem, launch))
+        short.backward[grid](*tensors, *rest, *numbers, BT=size, BN=size, **problem.options(launch))
         return dq, dk, dv
     delta, units = torch.empty_like(lse), problem.batch * problem.heads
     tiles, block = triton.cdiv(problem.queries, launch.blocks["BM"]), launch.blocks["BN"]
     edge = edge_width(problem.fixed_keys, block)
     _dq[(units * tiles,)](
-        dout, q, k, v, out, lse, delta, dq, *rest, tiles, *numbers, EDGE=edge, **_options(problem, launch)
+        dout, q, k, v, out, lse, delta, dq, *rest, tiles, *numbers, EDGE=edge, **problem.options(launch)
     )
     launch = choose("attention_backward", f"{kind}_keys", defaults, q.device)
     tiles, block = triton.cdiv(problem.keys, launch.blocks["BN"]), launch.blocks["BM"]
     edge = edge_width(None if problem.varlen else problem.queries, block)
     _dkv[(units * tiles,)](
-        dout, q, k, v, lse, delta, dk, dv, *rest, tiles, *numbers, EDGE=edge, **_options(problem, launch)
+        dout, q, k, v, lse, delta, dk, dv, *rest, tiles, *numbers, EDGE=edge, **problem.options(launch)
     )
     return dq, dk, dv
 
@@ -288,9 +284,9 @@ def cases() -> Iterator[Case]:
             yield _case(kind, launch, least, 64, i == 0)
         if kind.startswith("long") or kind == "short32":
             yield _case(kind, launches[0], least, 32, True)
-            yield _case(
-                kind, launches[0], f"lengths-causal{'' if kind in ('long', 'long_keys') else '-dropout'}", 64, True
-            )
+            most = "lengths-causal" if kind in ("long", "long_keys") else "lengths-causal-dropout"
+            yield _case(kind, launches[0], most, 64, True)
+    yield _case("short32", LAUNCHES["short32"][0], "one-head", 64, True)
 
 
 def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> Case:
@@ -307,5 +303,8 @@ def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> 
             None if "causal" in option else 577, launch.blocks["BM" if kernel is _dkv else "BN"]
         )
     types = signature("fp32" if "float32" in kind else "bf16", f"{tensors} {SIZES}{tiles} scale dropout_p")
+    if option == "one-head":
+        types.pop("H")
+        constants["H"] = 1
     name = "-".join(filter(None, (kind, "x".join(map(str, launch.blocks.values())), str(width), option)))
     return Case("attention_backward", name, kernel, types, constants, launch, default, divisible(types))

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from miss.kernels.launches import Launch
+
 SHORT = 64  # queries and keys that one tile of the short form holds
 LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = "q_b q_t q_h k_b k_n k_h v_b v_n v_h T N H"
@@ -72,8 +74,12 @@ class Problem:
         each = ((0, *place) if self.varlen else place for place in places)
         return (*(n for place in each for n in place), self.queries, self.keys, self.heads)
 
-    def options(self) -> dict[str, Any]:
+    def options(self, launch: Launch) -> dict[str, Any]:
+        """A kernel's constants, and what it is launched with."""
         return {
+            **launch.blocks,
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
             "D": self.q.shape[-1],
             "CAUSAL": self.causal,
             "LENGTHS": self.rows is not None and not self.varlen,
