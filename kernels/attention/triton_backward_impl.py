@@ -38,7 +38,8 @@ from miss.kernels.triton_parts import dot, keep_mask
 LAUNCHES: dict[str, tuple[Launch, ...]] = {
     "long": (Launch({"BM": 64, "BN": 64}, 4, 2), Launch({"BM": 128, "BN": 64}, 8, 2)),
     "long_keys": (Launch({"BM": 64, "BN": 64}, 4, 2), Launch({"BM": 64, "BN": 128}, 8, 2)),
-    # Dropout's 64-bit arithmetic takes registers: 64 x 64 spilled on sm_80 (272 bytes), 32 x 64 does not.
+    # Dropout's 64-bit arithmetic takes registers: 64 x 64 spilled on sm_80 (dk and dv 272 bytes, dq 8), these do not.
+    "long_dropout": (Launch({"BM": 64, "BN": 32}, 4, 2),),
     "long_dropout_keys": (Launch({"BM": 32, "BN": 64}, 4, 2),),
     "float32": (Launch({"BM": 32, "BN": 16}, 4, 1),),
     "float32_keys": (Launch({"BM": 16, "BN": 32}, 4, 1),),
@@ -51,7 +52,8 @@ LAUNCHES: dict[str, tuple[Launch, ...]] = {
 
 @triton.jit
 def _query_step(
-    acc, q, dout, normaliser, delta, k, v, start, length, below, line, seed, k_n, v_n, N, log2_scale, dropout_p,
+    acc, q, dout, normaliser, delta, k, v, start, length, t, shift, line0, line_t, seed, k_n, v_n, N,
+    log2_scale, dropout_p,
     D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dq / scale of one key tile, added."""
@@ -62,11 +64,11 @@ def _query_step(
     if MASKED:
         visible = (n < length)[None, :]
         if CAUSAL:
-            visible = visible & (n[None, :] <= below[:, None])
+            visible = visible & (n[None, :] <= (t + shift)[:, None])
         p = tl.where(visible, p, 0.0)
     dp = dot(dout, tl.trans(values))
     if DROPOUT:
-        kept = keep_mask(seed, line[:, None] * N + n[None, :], dropout_p)
+        kept = keep_mask(seed, (line0 + t * line_t)[:, None] * N + n[None, :], dropout_p)
         dp = tl.where(kept, dp * (1.0 / (1.0 - dropout_p)), 0.0)
     ds = p * (dp - delta[:, None])
     return dot(ds.to(keys.dtype), keys, acc)
@@ -88,7 +90,10 @@ def _dq(
     k = start_of(k, b, head, first, k_b, k_n, k_h, VARLEN)
     v = start_of(v, b, head, first, v_b, v_n, v_h, VARLEN)
     t = t0 + tl.arange(0, BM)
-    line = line_of(b, head, t, first, T, H, VARLEN)
+    line0, line_t = line_of(b, head, 0, first, T, H, VARLEN), 1
+    if VARLEN:
+        line_t = H
+    line = line0 + t * line_t
     dense = (first * H + head) * D
     query = rows_of(start_of(q, b, head, first, q_b, q_t, q_h, VARLEN), t, q_t, queries, D, True)
     incoming = rows_of(dout + dense, t, H * D, queries, D, True)
@@ -100,21 +105,21 @@ def _dq(
     dropout_seed = 0
     if DROPOUT:
         dropout_seed = tl.load(seed)
-    below = t + keys - queries
+    shift = keys - queries
     full, end = length // BN * BN, length
     if CAUSAL:
-        full = tl.minimum(length, t0 + 1 + keys - queries) // BN * BN
-        end = tl.minimum(length, t0 + BM + keys - queries)
+        full = tl.minimum(length, t0 + 1 + shift) // BN * BN
+        end = tl.minimum(length, t0 + BM + shift)
     acc = tl.zeros((BM, D), tl.float32)
     for start in tl.range(0, full, BN):
         acc = _query_step(
-            acc, query, incoming, normaliser, sums, k, v, start, length, below, line, dropout_seed, k_n, v_n, N,
-            scale * LOG2_E, dropout_p, D, BN, False, CAUSAL, DROPOUT,
+            acc, query, incoming, normaliser, sums, k, v, start, length, t, shift, line0, line_t, dropout_seed,
+            k_n, v_n, N, scale * LOG2_E, dropout_p, D, BN, False, CAUSAL, DROPOUT,
         )  # fmt: skip
     for start in tl.range(full, end, EDGE, num_stages=1):
         acc = _query_step(
-            acc, query, incoming, normaliser, sums, k, v, start, length, below, line, dropout_seed, k_n, v_n, N,
-            scale * LOG2_E, dropout_p, D, EDGE, True, CAUSAL, DROPOUT,
+            acc, query, incoming, normaliser, sums, k, v, start, length, t, shift, line0, line_t, dropout_seed,
+            k_n, v_n, N, scale * LOG2_E, dropout_p, D, EDGE, True, CAUSAL, DROPOUT,
         )  # fmt: skip
     at = dq + dense + t[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(at, (acc * scale).to(dq.dtype.element_ty), mask=(t < queries)[:, None])
@@ -203,10 +208,6 @@ def _dkv(
     tl.store(dv + at, value_grad.to(dv.dtype.element_ty), mask=(n < keys)[:, None])
 
 
-def _options(problem: Problem, launch: Launch) -> dict[str, Any]:
-    return problem.options() | launch.blocks | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-
-
 def _run(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, kind = problem.q, problem.k, problem.v, problem.kind
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
@@ -216,25 +217,26 @@ def _run(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tens
     defaults = {name: table[0] for name, table in LAUNCHES.items()}
     rest = (*problem.tensors(), *problem.sizes())
     numbers = (problem.scale, problem.dropout_p)
+    if kind == "long" and problem.seed is not None:
+        kind = "long_dropout"
     launch = choose("attention_backward", kind, defaults, q.device)
     if "G" in launch.blocks:
         size = int(kind.removeprefix("short"))
         grid = (problem.batch * triton.cdiv(problem.heads, launch.blocks["G"]),)
         tensors = (dout, q, k, v, out, lse, dq, dk, dv)
-        short.backward[grid](*tensors, *rest, *numbers, BT=size, BN=size, **_options(problem, launch))
+        short.backward[grid](*tensors, *rest, *numbers, BT=size, BN=size, **problem.options(launch))
         return dq, dk, dv
     delta, units = torch.empty_like(lse), problem.batch * problem.heads
     tiles, block = triton.cdiv(problem.queries, launch.blocks["BM"]), launch.blocks["BN"]
     edge = edge_width(problem.fixed_keys, block)
     _dq[(units * tiles,)](
-        dout, q, k, v, out, lse, delta, dq, *rest, tiles, *numbers, EDGE=edge, **_options(problem, launch)
+        dout, q, k, v, out, lse, delta, dq, *rest, tiles, *numbers, EDGE=edge, **problem.options(launch)
     )
-    form = "long_dropout" if kind == "long" and problem.seed is not None else kind
-    launch = choose("attention_backward", f"{form}_keys", defaults, q.device)
+    launch = choose("attention_backward", f"{kind}_keys", defaults, q.device)
     tiles, block = triton.cdiv(problem.keys, launch.blocks["BN"]), launch.blocks["BM"]
     edge = edge_width(None if problem.varlen else problem.queries, block)
     _dkv[(units * tiles,)](
-        dout, q, k, v, lse, delta, dk, dv, *rest, tiles, *numbers, EDGE=edge, **_options(problem, launch)
+        dout, q, k, v, lse, delta, dk, dv, *rest, tiles, *numbers, EDGE=edge, **problem.options(launch)
     )
     return dq, dk, dv
 
@@ -277,11 +279,14 @@ def varlen_backward(
 def cases() -> Iterator[Case]:
     """Every launch, the defaults also at heads of 32 and with what changes a kernel most; float32's own."""
     for kind, launches in LAUNCHES.items():
+        least = "dropout" if "dropout" in kind else ""
         for i, launch in enumerate(launches):
-            yield _case(kind, launch, "", 64, i == 0)
+            yield _case(kind, launch, least, 64, i == 0)
         if kind.startswith("long") or kind == "short32":
-            yield _case(kind, launches[0], "", 32, True)
-            yield _case(kind, launches[0], "lengths-causal-dropout", 64, True)
+            yield _case(kind, launches[0], least, 32, True)
+            most = "lengths-causal" if kind in ("long", "long_keys") else "lengths-causal-dropout"
+            yield _case(kind, launches[0], most, 64, True)
+    yield _case("short32", LAUNCHES["short32"][0], "one-head", 64, True)
 
 
 def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> Case:
@@ -294,7 +299,12 @@ def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> 
         kernel, tensors, tiles = short.backward, "dout q k v out lse dq dk dv rows seed", ""
         constants["BT"] = constants["BN"] = int(kind.removeprefix("short"))
     else:
-        constants["EDGE"] = edge_width(None if option else 577, launch.blocks["BM" if kernel is _dkv else "BN"])
+        constants["EDGE"] = edge_width(
+            None if "causal" in option else 577, launch.blocks["BM" if kernel is _dkv else "BN"]
+        )
     types = signature("fp32" if "float32" in kind else "bf16", f"{tensors} {SIZES}{tiles} scale dropout_p")
+    if option == "one-head":
+        types.pop("H")
+        constants["H"] = 1
     name = "-".join(filter(None, (kind, "x".join(map(str, launch.blocks.values())), str(width), option)))
     return Case("attention_backward", name, kernel, types, constants, launch, default, divisible(types))

@@ -52,10 +52,10 @@ LAUNCHES: dict[str, tuple[Launch, ...]] = {
 
 @triton.jit
 def _step(
-    acc, top, total, q, k, v, start, length, below, line, seed, k_n, v_n, N, log2_scale, dropout_p,
+    acc, top, total, q, k, v, start, length, t, shift, line0, line_t, seed, k_n, v_n, N, log2_scale, dropout_p,
     D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One key tile of online softmax; `below` is the last key that each query sees."""
+    """One key tile of online softmax; a causal query t sees keys to t + shift."""
     n = start + tl.arange(0, WIDTH)
     keys = rows_of(k, n, k_n, length, D, MASKED)
     values = rows_of(v, n, v_n, length, D, MASKED)
@@ -63,7 +63,7 @@ def _step(
     if MASKED:
         visible = (n < length)[None, :]
         if CAUSAL:
-            visible = visible & (n[None, :] <= below[:, None])
+            visible = visible & (n[None, :] <= (t + shift)[:, None])
         s = tl.where(visible, s, float("-inf"))
     new = tl.maximum(top, tl.max(s, 1) * log2_scale)
     base = tl.where(new == float("-inf"), 0.0, new)  # else -inf - -inf would be NaN before a finite score comes
@@ -71,7 +71,7 @@ def _step(
     old = tl.exp2(top - base)
     total = total * old + tl.sum(p, 1)
     if DROPOUT:
-        p = tl.where(keep_mask(seed, line[:, None] * N + n[None, :], dropout_p), p, 0.0)
+        p = tl.where(keep_mask(seed, (line0 + t * line_t)[:, None] * N + n[None, :], dropout_p), p, 0.0)
     acc = dot(p.to(values.dtype), values, acc * old[:, None])
     return acc, new, total
 
@@ -94,32 +94,34 @@ def _forward(
     d = tl.arange(0, D)
     inside = t < queries
     query = rows_of(q, t, q_t, queries, D, True)
-    line, dropout_seed = t, 0
+    line0, line_t, dropout_seed = line_of(b, head, 0, first, T, H, VARLEN), 1, 0
+    if VARLEN:
+        line_t = H
     if DROPOUT:
-        line, dropout_seed = line_of(b, head, t, first, T, H, VARLEN), tl.load(seed)
+        dropout_seed = tl.load(seed)
     log2_scale = scale * LOG2_E
-    below = t + keys - queries
+    shift = keys - queries
     full, end = length // BN * BN, length
     if CAUSAL:
-        full = tl.minimum(length, t0 + 1 + keys - queries) // BN * BN
-        end = tl.minimum(length, t0 + BM + keys - queries)
+        full = tl.minimum(length, t0 + 1 + shift) // BN * BN
+        end = tl.minimum(length, t0 + BM + shift)
     acc = tl.zeros((BM, D), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for start in tl.range(0, full, BN):
         acc, top, total = _step(
-            acc, top, total, query, k, v, start, length, below, line, dropout_seed, k_n, v_n, N, log2_scale, dropout_p,
-            D, BN, False, CAUSAL, DROPOUT,
+            acc, top, total, query, k, v, start, length, t, shift, line0, line_t, dropout_seed, k_n, v_n, N,
+            log2_scale, dropout_p, D, BN, False, CAUSAL, DROPOUT,
         )  # fmt: skip
     for start in tl.range(full, end, EDGE, num_stages=1):  # one tile, but along causal's edge
         acc, top, total = _step(
-            acc, top, total, query, k, v, start, length, below, line, dropout_seed, k_n, v_n, N, log2_scale, dropout_p,
-            D, EDGE, True, CAUSAL, DROPOUT,
+            acc, top, total, query, k, v, start, length, t, shift, line0, line_t, dropout_seed, k_n, v_n, N,
+            log2_scale, dropout_p, D, EDGE, True, CAUSAL, DROPOUT,
         )  # fmt: skip
     result, normaliser = normalise(acc, top, total, length, dropout_p, DROPOUT)
     at = out + ((first + t) * H + head)[:, None] * D + d[None, :]
     tl.store(at, result.to(out.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse + line_of(b, head, t, first, T, H, VARLEN), normaliser, mask=inside)
+    tl.store(lse + line0 + t * line_t, normaliser, mask=inside)
 
 
 def _run(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -131,7 +133,7 @@ def _run(problem: Problem) -> tuple[Tensor, Tensor]:
     launch = choose("attention", kind, {name: table[0] for name, table in LAUNCHES.items()}, q.device)
     tensors = (q, problem.k, problem.v, out, lse, *problem.tensors(), *problem.sizes())
     numbers = (problem.scale, problem.dropout_p)
-    options = problem.options() | launch.blocks | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = problem.options(launch)
     if "G" in launch.blocks:
         size = int(kind.removeprefix("short"))
         grid = (problem.batch * triton.cdiv(problem.heads, launch.blocks["G"]),)
@@ -173,7 +175,9 @@ def varlen_forward(
 
 
 def cases() -> Iterator[Case]:
-    """Every launch, the defaults also at heads of 32 and with what changes a kernel most; float32's own; backward."""
+    """Every launch, the defaults also at heads of 32 and with what changes a kernel most; float32's own; backward.
+
+    One head is a case: Triton makes a constant of an argument that is 1."""
     from miss.kernels.attention import triton_backward_impl
 
     for kind, launches in LAUNCHES.items():
@@ -184,6 +188,7 @@ def cases() -> Iterator[Case]:
         if kind in ("long", "short32"):
             for option in ("lengths-dropout", "causal", "varlen"):
                 yield _case(kind, launches[0], option, 64, True)
+    yield _case("short32", LAUNCHES["short32"][0], "one-head", 64, True)
     yield from triton_backward_impl.cases()
 
 
@@ -192,6 +197,9 @@ def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> 
     types = signature(element, f"q k v out lse rows seed {SIZES}{' tiles' if long else ''} scale dropout_p")
     constants: dict[str, Any] = {"D": width, **launch.blocks}
     constants |= {flag.upper(): flag in option for flag in ("causal", "lengths", "varlen", "dropout")}
+    if option == "one-head":
+        types.pop("H")
+        constants["H"] = 1
     if long:
         constants["EDGE"] = edge_width(None if option else 577, launch.blocks["BN"])
     else:

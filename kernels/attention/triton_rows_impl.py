@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from miss.kernels.launches import Launch
+
 SHORT = 64  # queries and keys that one tile of the short form holds
 LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = "q_b q_t q_h k_b k_n k_h v_b v_n v_h T N H"
@@ -72,8 +74,12 @@ class Problem:
         each = ((0, *place) if self.varlen else place for place in places)
         return (*(n for place in each for n in place), self.queries, self.keys, self.heads)
 
-    def options(self) -> dict[str, Any]:
+    def options(self, launch: Launch) -> dict[str, Any]:
+        """A kernel's constants, and what it is launched with."""
         return {
+            **launch.blocks,
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
             "D": self.q.shape[-1],
             "CAUSAL": self.causal,
             "LENGTHS": self.rows is not None and not self.varlen,
@@ -99,8 +105,7 @@ EDGE = 32  # the widest masked tile: 64 spills in backward on sm_80, and wastes 
 
 
 def edge_width(size: int | None, block: int) -> int:
-    """How wide the masked tiles behind full ones of `block` are; `size`: what all rows have, None where each has its own.
-    At most two of them are needed, one where `size` leaves no more than their width, as image tokens do (1 or 5)."""
+    """How wide masked tiles behind full ones of `block` are, where all rows have `size`, or each its own (None)."""
     return min(block, EDGE) if size is None else min(block, EDGE, max(16, triton.next_power_of_2(size % block)))
 
 

@@ -77,7 +77,7 @@ def visible_in(t, n, queries, keys, length, CAUSAL: tl.constexpr):
 @triton.jit
 def _write(x, tile, head, row, H, rows, first, D: tl.constexpr, G: tl.constexpr):
     """Into dense (tokens, H, D), from token `first` on."""
-    at = tl.expand_dims(by_head(head, first + row, D, H.to(tl.int64) * D, G), -1) + tl.arange(0, D)
+    at = tl.expand_dims(by_head(head, first + row, D, H * D, G), -1) + tl.arange(0, D)
     tl.store(x + at, tile.to(x.dtype.element_ty), mask=tl.expand_dims(inside_of(head, row, H, rows, G), -1))
 
 
