@@ -87,6 +87,12 @@ def _backward_fits(
     return limits.misfit(scale, q, k, v)
 
 
+def _triton_backward_fits(dout: Tensor, q: Tensor, *rest: Any) -> str | None:
+    if dout.dtype != q.dtype:
+        return f"takes one dtype for all, got {dout.dtype} and {q.dtype}"
+    return _backward_fits(dout, q, *rest)
+
+
 def _tokens_fits(
     q: Tensor,
     x: Tensor,
@@ -120,6 +126,7 @@ FORWARD = Op(
 BACKWARD = Op(
     "cross_attention_backward",
     _cpu("kv_backward", _backward_fits),
+    triton("cross_attention.triton_backward_impl", "kv_backward", _triton_backward_fits),
     Impl("torch", torch_impl.kv_backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.kv_backward, dtypes=ALL_FLOATS),
 )

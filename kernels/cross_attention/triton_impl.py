@@ -3,9 +3,9 @@
 The queries of all rows of an image stand one behind another; a program takes BM of them in one head over a span of the
 keys. `_plan` makes, on the device, each image's first row and the list of tiles: an image of c rows of T queries has
 cdiv(c T, BM). The host knows R T // BM + min(I, R) as a bound, launches as many, and those beyond the list leave.
-Keys go in full tiles of BN without a mask and one tail, TAIL wide where that holds it (577 = 9 * 64 + 1). Softmax in base
-2 with the scale folded in; sums in float32. N alone decides into how many spans keys are split (`split`); spans are
-merged in their order by `_combine`, so that bits do not depend on what shares the batch. No atomics.
+Keys go in full tiles of BN without a mask and one tail, TAIL wide where that holds it (577 = 9 * 64 + 1). Softmax in
+base 2 with the scale folded in; sums in float32. N alone decides into how many spans keys are split (`split`); spans
+are merged in their order by `_combine`, so that bits do not depend on what shares the batch. No atomics.
 
 FLOPs 4 R T N H D. Bytes: q and out once, K and V once a tile of queries (of one image: from L2 after the first), and
 with S > 1 spans 8 (D + 2) S a query and head, written and read. Knows tiles; does not know what a source shows.
@@ -52,10 +52,10 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def _plan(image_index, first_rows, tiles, R, I, T, count, steps, BM: tl.constexpr, BLOCK: tl.constexpr):
+def _plan(image_index, first_rows, tiles, R, images, T, count, steps, BM: tl.constexpr, BLOCK: tl.constexpr):
     """One program: a binary search of the sorted index for every image, then each image's tiles in order."""
     done = 0
-    for start in range(0, I, BLOCK):
+    for start in range(0, images, BLOCK):
         image = start + tl.arange(0, BLOCK)
         first, first_to = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32) + R
         end, end_to = first, first_to
@@ -70,9 +70,9 @@ def _plan(image_index, first_rows, tiles, R, I, T, count, steps, BM: tl.constexp
             before = open_ & (tl.load(image_index + middle, mask=open_, other=0) <= image)
             end = tl.where(before, middle + 1, end)
             end_to = tl.where(open_ & (before == 0), middle, end_to)
-        tl.store(first_rows + image, first, mask=image < I)
-        tl.store(first_rows + image + 1, end, mask=image == I - 1)
-        own = tl.where(image < I, ((end - first) * T + BM - 1) // BM, 0)
+        tl.store(first_rows + image, first, mask=image < images)
+        tl.store(first_rows + image + 1, end, mask=image == images - 1)
+        own = tl.where(image < images, ((end - first) * T + BM - 1) // BM, 0)
         place = done + tl.cumsum(own, 0) - own
         for j in range(0, tl.max(own, 0)):
             here = (j < own) & (place + j < count)  # an index that is not sorted writes nowhere else
@@ -287,7 +287,7 @@ def kv_forward(
 
 
 def cases() -> Iterator[Case]:
-    """bfloat16 and float32, heads of 64 and 32, with dropout and with spans; float16 differs in its conversions alone."""
+    """bfloat16 and float32, heads of 64 and 32, with dropout and with spans; float16 differs in conversions."""
     strides = ("q_row", "q_query", "q_head", "k_image", "k_key", "k_head", "v_image", "v_key", "v_head")
     sizes = {**dict.fromkeys(("span", "lines", "T", "H", "N"), "i32"), **dict.fromkeys(strides, "i32")}
     widths = {"few": (64, 32), "many": (64,), "narrow": (32,), "float32": (64, 32)}
@@ -314,6 +314,6 @@ def cases() -> Iterator[Case]:
     signature = {**pointers, "dropout_p": "fp32", **whole}
     yield Case("cross_attention", "combine", _combine, signature, constants, merge, True, tuple(pointers))
     pointers = {"image_index": "*i32", "first_rows": "*i32", "tiles": "*i32"}
-    signature = {**pointers, **dict.fromkeys(("R", "I", "T", "count", "steps"), "i32")}
+    signature = {**pointers, **dict.fromkeys(("R", "images", "T", "count", "steps"), "i32")}
     constants = {"BM": 64, "BLOCK": 128}
     yield Case("cross_attention", "plan", _plan, signature, constants, Launch(constants, 4), True, tuple(pointers))
