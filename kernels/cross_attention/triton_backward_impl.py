@@ -11,6 +11,7 @@ a tile of keys (from L2 but the first). Knows tiles; does not know what a source
 Shapes: R rows, T queries, I images, N keys, H heads, D head width; a line is a (row, head, query).
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -70,7 +71,7 @@ def _dq(
     D: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (count, H). out, dout and dq (R, T, H, D), lse and delta (R, H, T) are contiguous. scale without log2(e)."""
+    """Grid (bound, H). out, dout and dq (R, T, H, D), lse and delta (R, H, T) are contiguous. scale without log2(e)."""
     image = tl.load(tiles + 2 * tl.program_id(0))
     if image < 0:
         return
@@ -190,7 +191,7 @@ def kv_backward(
     number = on_device(seed if dropout_p else None, image_index)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     options = {"D": width, "HAS_LENGTHS": lengths is not None, "DROPOUT": dropout_p > 0}
-    _dq[(made.count, heads)](
+    _dq[(made.bound, heads)](
         *(q, k, v, out, dout, lse, delta, dq, made.first_rows, made.tiles, valid, number, scale, dropout_p),
         *(queries, heads, keys, *strides),
         **options, **by_query.blocks, num_warps=by_query.num_warps, num_stages=by_query.num_stages,
@@ -205,7 +206,7 @@ def kv_backward(
 
 
 def cases() -> Iterator[Case]:
-    """bfloat16 and float32, heads of 64 and 32, with dropout (without, there is only less of it)."""
+    """bfloat16 and float32, heads of 64 and 32, with dropout; of bfloat16's defaults also without."""
     strides = ("q_row", "q_query", "q_head", "k_image", "k_key", "k_head", "v_image", "v_key", "v_head")
     widths = {"few": (64, 32), "many": (64,), "narrow": (32,), "float32": (64, 32)}
     for part, kernel, tables in (("dq", _dq, DQ_LAUNCHES), ("dkv", _dkv, DKV_LAUNCHES)):
@@ -219,9 +220,10 @@ def cases() -> Iterator[Case]:
             signature = {n: known[n] for n in kernel.arg_names if n in known}
             divisible = tuple(n for n in signature if n in pointers or n in strides)
             for i, launch in enumerate(launches):
-                for width in widths[kind]:
-                    constants = {"D": width, "HAS_LENGTHS": True, "DROPOUT": True, **launch.blocks}
-                    name = f"{part}-{kind}-{launch.blocks['BM']}x{launch.blocks['BN']}-{width}"
+                plain = (True, False) if i == 0 and kind != "float32" else (True,)
+                for width, dropout in itertools.product(widths[kind], plain):
+                    constants = {"D": width, "HAS_LENGTHS": True, "DROPOUT": dropout, **launch.blocks}
+                    name = f"{part}-{kind}-{launch.blocks['BM']}x{launch.blocks['BN']}-{width}{'-dropout' * dropout}"
                     yield Case(
                         "cross_attention_backward", name, kernel, signature, constants, launch, i == 0, divisible
                     )

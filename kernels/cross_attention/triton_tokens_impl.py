@@ -52,7 +52,7 @@ def _scores(
     a_row, a_query, a_head, x_image, x_token,
     HAS_LENGTHS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (count, tiles of keys). scores (lines, pitch) in base 2; stats (tiles of keys, 2, lines): maximum, sum."""
+    """Grid (bound, tiles of keys). scores (lines, pitch) in base 2; stats (tiles of keys, 2, lines): maximum, sum."""
     image = tl.load(tiles + 2 * tl.program_id(0))
     if image < 0:
         return
@@ -84,7 +84,7 @@ def _mix(
     key_tiles, m_row, m_query, m_head, x_image, x_token,
     HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (count, blocks of C): M P x, in mixed; the first block writes sum M P in sums, and lse (both lines)."""
+    """Grid (bound, blocks of C): M P x, in mixed; the first block writes sum M P in sums, and lse (both lines)."""
     image = tl.load(tiles + 2 * tl.program_id(0))
     if image < 0:
         return
@@ -162,11 +162,11 @@ def tokens_forward(
     sums = torch.empty_like(lse)
     valid = image_index if lengths is None else lengths.contiguous()
     options = {**launch.blocks, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    _scores[(made.count, key_tiles)](
+    _scores[(made.bound, key_tiles)](
         *(a, x, scores, stats, made.first_rows, made.tiles, valid, scale * LOG2E.value, *sizes),
         *(a.stride(1), a.stride(2), a.stride(0), *x.stride()[:2]), HAS_LENGTHS=lengths is not None, **options,
     )  # fmt: skip
-    _mix[(made.count, triton.cdiv(channels, launch.blocks["BC"]))](
+    _mix[(made.bound, triton.cdiv(channels, launch.blocks["BC"]))](
         *(scores, stats, x, mixed, sums, lse, made.first_rows, made.tiles, valid),
         *(on_device(seed if dropout_p else None, image_index), dropout_p, *sizes, key_tiles, *mixed_strides),
         *x.stride()[:2], HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0, **options,

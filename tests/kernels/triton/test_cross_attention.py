@@ -197,7 +197,7 @@ def test_nan_and_infinity_among_the_visible(small):
 def test_a_wrong_index_stays_inside_its_plan(index):
     plan = triton_impl.plan(int32(index), 2, 5, 16)
     images, first = plan.tiles.unbind(1)
-    assert plan.count == 2 and set(images.tolist()) <= {-1, 0, 1} and plan.first_rows.clamp(0, 3).equal(plan.first_rows)
+    assert plan.bound == 2 and set(images.tolist()) <= {-1, 0, 1} and plan.first_rows.clamp(0, 3).equal(plan.first_rows)
 
 
 def test_the_plan_of_many_images():
@@ -207,7 +207,7 @@ def test_the_plan_of_many_images():
     wanted = [(i, m) for i, c in enumerate(counts.tolist()) for m in range(0, 7 * c, 16)]
     tiles = [tuple(t) for t in plan.tiles.tolist()]
     assert tiles[: len(wanted)] == wanted and all(image == -1 for image, _ in tiles[len(wanted) :])
-    assert plan.first_rows.tolist() == [0, *counts.cumsum(0).tolist()] and len(tiles) == plan.count
+    assert plan.first_rows.tolist() == [0, *counts.cumsum(0).tolist()] and len(tiles) == plan.bound
 
 
 @pytest.mark.parametrize("bug", ["mask", "tail", "scale", "image", "span", "dropout"])
