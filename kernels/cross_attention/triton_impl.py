@@ -35,8 +35,8 @@ LAUNCHES: dict[str, tuple[Launch, ...]] = {
     ),
     # Heads of 32: with three stages ptxas takes 128 registers on sm_80 and spills one.
     "narrow": (Launch({"BM": 64, "BN": 64, "TAIL": 16, "SPLIT": 256}, 4, 2),),
-    # Products without tensor cores keep their operands in registers: 32 x 32 spills at heads of 64.
-    "float32": (Launch({"BM": 16, "BN": 32, "TAIL": 16, "SPLIT": 256}, 8, 2),),
+    # Products without tensor cores keep their operands in registers: 32 keys and 8 warps spill one at heads of 32.
+    "float32": (Launch({"BM": 16, "BN": 16, "TAIL": 16, "SPLIT": 256}, 4, 2),),
 }
 FEW = 16  # queries a row up to which a tile is 16 of them: a decoding step's beams
 LOG2E = tl.constexpr(1.4426950408889634)
