@@ -87,6 +87,12 @@ def _backward_fits(
     return limits.misfit(scale, q, k, v)
 
 
+def _triton_backward_fits(dout: Tensor, q: Tensor, *rest: Any) -> str | None:
+    if dout.dtype != q.dtype:
+        return f"takes one dtype for all, got {dout.dtype} and {q.dtype}"
+    return _backward_fits(dout, q, *rest)
+
+
 def _tokens_fits(
     q: Tensor,
     x: Tensor,
@@ -110,6 +116,26 @@ def _tokens_fits(
     return limits.misfit(scale, q) or ("a token's numbers must lie side by side" if x.stride(2) != 1 else None)
 
 
+def _triton_tokens_fits(
+    q: Tensor,
+    x: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    image_index: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    *_: Any,
+) -> str | None:
+    if not all(t is None or t.dtype == q.dtype for t in (x, w_k, w_v, b_v)):
+        return "takes one dtype for all"
+    if not x.shape[2]:
+        return "needs at least one column"
+    if x.stride(2) != 1:
+        return "a token's numbers must lie side by side"
+    return None if scale > 0 else f"scale must be above 0, got {scale}"
+
+
 FORWARD = Op(
     "cross_attention",
     _cpu("kv_forward", _forward_fits),
@@ -120,12 +146,14 @@ FORWARD = Op(
 BACKWARD = Op(
     "cross_attention_backward",
     _cpu("kv_backward", _backward_fits),
+    triton("cross_attention.triton_backward_impl", "kv_backward", _triton_backward_fits),
     Impl("torch", torch_impl.kv_backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.kv_backward, dtypes=ALL_FLOATS),
 )
 TOKENS_FORWARD = Op(
     "cross_attention_tokens",
     _cpu("tokens_forward", _tokens_fits),
+    triton("cross_attention.triton_tokens_impl", "tokens_forward", _triton_tokens_fits),
     Impl("torch", torch_impl.tokens_forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.tokens_forward, dtypes=ALL_FLOATS),
 )

@@ -3,9 +3,9 @@
 The queries of all rows of an image stand one behind another; a program takes BM of them in one head over a span of the
 keys. `_plan` makes, on the device, each image's first row and the list of tiles: an image of c rows of T queries has
 cdiv(c T, BM). The host knows R T // BM + min(I, R) as a bound, launches as many, and those beyond the list leave.
-Keys go in full tiles of BN without a mask and one tail, TAIL wide where that holds it (577 = 9 * 64 + 1). Softmax in base
-2 with the scale folded in; sums in float32. N alone decides into how many spans keys are split (`split`); spans are
-merged in their order by `_combine`, so that bits do not depend on what shares the batch. No atomics.
+Keys go in full tiles of BN without a mask and one tail, TAIL wide where that holds it (577 = 9 * 64 + 1). Softmax in
+base 2 with the scale folded in; sums in float32. N alone decides into how many spans keys are split (`split`); spans
+are merged in their order by `_combine`, so that bits do not depend on what shares the batch. No atomics.
 
 FLOPs 4 R T N H D. Bytes: q and out once, K and V once a tile of queries (of one image: from L2 after the first), and
 with S > 1 spans 8 (D + 2) S a query and head, written and read. Knows tiles; does not know what a source shows.
@@ -35,8 +35,8 @@ LAUNCHES: dict[str, tuple[Launch, ...]] = {
     ),
     # Heads of 32: with three stages ptxas takes 128 registers on sm_80 and spills one.
     "narrow": (Launch({"BM": 64, "BN": 64, "TAIL": 16, "SPLIT": 256}, 4, 2),),
-    # Products without tensor cores keep their operands in registers: 32 x 32 spills at heads of 64.
-    "float32": (Launch({"BM": 16, "BN": 32, "TAIL": 16, "SPLIT": 256}, 8, 2),),
+    # Products without tensor cores keep their operands in registers: 32 keys and 8 warps spill one at heads of 32.
+    "float32": (Launch({"BM": 16, "BN": 16, "TAIL": 16, "SPLIT": 256}, 4, 2),),
 }
 FEW = 16  # queries a row up to which a tile is 16 of them: a decoding step's beams
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -44,18 +44,18 @@ _COMBINE = {"BLOCK": 16}
 
 
 class Plan(NamedTuple):
-    """Which tile is whose; `tiles` and `first_rows` are on the device, `count` is the host's bound."""
+    """Which tile is whose; `tiles` and `first_rows` are on the device."""
 
     first_rows: Tensor  # int32 (I + 1)
-    tiles: Tensor  # int32 (count, 2): an image and its tile's first query; image -1 beyond the last tile
-    count: int
+    tiles: Tensor  # int32 (bound, 2): an image and its tile's first query; image -1 beyond the last tile
+    bound: int  # on the number of tiles, from what the host knows
 
 
 @triton.jit
-def _plan(image_index, first_rows, tiles, R, I, T, count, steps, BM: tl.constexpr, BLOCK: tl.constexpr):
+def _plan(image_index, first_rows, tiles, R, images, T, bound, steps, BM: tl.constexpr, BLOCK: tl.constexpr):
     """One program: a binary search of the sorted index for every image, then each image's tiles in order."""
     done = 0
-    for start in range(0, I, BLOCK):
+    for start in range(0, images, BLOCK):
         image = start + tl.arange(0, BLOCK)
         first, first_to = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32) + R
         end, end_to = first, first_to
@@ -70,18 +70,18 @@ def _plan(image_index, first_rows, tiles, R, I, T, count, steps, BM: tl.constexp
             before = open_ & (tl.load(image_index + middle, mask=open_, other=0) <= image)
             end = tl.where(before, middle + 1, end)
             end_to = tl.where(open_ & (before == 0), middle, end_to)
-        tl.store(first_rows + image, first, mask=image < I)
-        tl.store(first_rows + image + 1, end, mask=image == I - 1)
-        own = tl.where(image < I, ((end - first) * T + BM - 1) // BM, 0)
+        tl.store(first_rows + image, first, mask=image < images)
+        tl.store(first_rows + image + 1, end, mask=image == images - 1)
+        own = tl.where(image < images, ((end - first) * T + BM - 1) // BM, 0)
         place = done + tl.cumsum(own, 0) - own
         for j in range(0, tl.max(own, 0)):
-            here = (j < own) & (place + j < count)  # an index that is not sorted writes nowhere else
+            here = (j < own) & (place + j < bound)  # an index that is not sorted writes nowhere else
             tl.store(tiles + 2 * (place + j), image, mask=here)
             tl.store(tiles + 2 * (place + j) + 1, tl.zeros((BLOCK,), tl.int32) + j * BM, mask=here)
         done += tl.sum(own, 0)
-    for start in range(done, count, BLOCK):
+    for start in range(done, bound, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        tl.store(tiles + 2 * slot, tl.zeros((BLOCK,), tl.int32) - 1, mask=slot < count)
+        tl.store(tiles + 2 * slot, tl.zeros((BLOCK,), tl.int32) - 1, mask=slot < bound)
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _forward(
     D: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (count, H, S). out (R, T, H, D) and lse (R, H, T) are contiguous; with SPLIT each span writes its weighted
+    """Grid (bound, H, S). out (R, T, H, D) and lse (R, H, T) are contiguous; with SPLIT each span writes its weighted
     values to `partial` (S, lines, D), its maximum and sum to `stats` (S, 2, lines) instead."""
     image = tl.load(tiles + 2 * tl.program_id(0))
     if image < 0:
@@ -231,14 +231,14 @@ def split(keys: int, launch: Launch) -> tuple[int, int]:
 def plan(image_index: Tensor, images: int, queries: int, tile: int) -> Plan:
     """For R > 0 rows of `queries` queries and tiles of `tile`."""
     rows, device = len(image_index), image_index.device
-    count = rows * queries // tile + min(images, rows)
+    bound = rows * queries // tile + min(images, rows)
     first_rows = torch.empty(images + 1, dtype=torch.int32, device=device)
-    tiles = torch.empty(count, 2, dtype=torch.int32, device=device)
+    tiles = torch.empty(bound, 2, dtype=torch.int32, device=device)
     _plan[(1,)](
-        *(image_index.contiguous(), first_rows, tiles, rows, images, queries, count, rows.bit_length()),
+        *(image_index.contiguous(), first_rows, tiles, rows, images, queries, bound, rows.bit_length()),
         BM=tile, BLOCK=128, num_warps=4,
     )  # fmt: skip
-    return Plan(first_rows, tiles, count)
+    return Plan(first_rows, tiles, bound)
 
 
 def on_device(seed: Tensor | None, like: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def kv_forward(
         stats = torch.empty(spans, 2, lse.numel(), dtype=torch.float32, device=q.device)
     valid = image_index if lengths is None else lengths.contiguous()
     number = on_device(seed if dropout_p else None, image_index)
-    _forward[(made.count, heads, spans)](
+    _forward[(made.bound, heads, spans)](
         *(q, k, v, out, lse, partial, stats, made.first_rows, made.tiles, valid, number, scale * LOG2E.value),
         *(dropout_p, span, lse.numel(), queries, heads, keys, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         D=width, HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0, SPLIT=spans > 1,
@@ -287,7 +287,7 @@ def kv_forward(
 
 
 def cases() -> Iterator[Case]:
-    """bfloat16 and float32, heads of 64 and 32, with dropout and with spans; float16 differs in its conversions alone."""
+    """bfloat16 and float32, heads of 64 and 32, with dropout and with spans; float16 differs in conversions."""
     strides = ("q_row", "q_query", "q_head", "k_image", "k_key", "k_head", "v_image", "v_key", "v_head")
     sizes = {**dict.fromkeys(("span", "lines", "T", "H", "N"), "i32"), **dict.fromkeys(strides, "i32")}
     widths = {"few": (64, 32), "many": (64,), "narrow": (32,), "float32": (64, 32)}
@@ -314,6 +314,6 @@ def cases() -> Iterator[Case]:
     signature = {**pointers, "dropout_p": "fp32", **whole}
     yield Case("cross_attention", "combine", _combine, signature, constants, merge, True, tuple(pointers))
     pointers = {"image_index": "*i32", "first_rows": "*i32", "tiles": "*i32"}
-    signature = {**pointers, **dict.fromkeys(("R", "I", "T", "count", "steps"), "i32")}
+    signature = {**pointers, **dict.fromkeys(("R", "images", "T", "bound", "steps"), "i32")}
     constants = {"BM": 64, "BLOCK": 128}
     yield Case("cross_attention", "plan", _plan, signature, constants, Launch(constants, 4), True, tuple(pointers))

@@ -12,7 +12,7 @@ is undefined, as the contract says.
 Shapes: R rows, S slots, L positions, H heads, D head width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import triton
@@ -117,9 +117,8 @@ def cases() -> Iterator[Case]:
         constants = {"H": 12, "D": width}
         for i, launch in enumerate(LAUNCHES["append"]):
             pointers = {**caches, "k": "*bf16", "v": "*bf16", "slots": "*i32", "positions": "*i32"}
-            yield _case(
-                "kv_append", f"{width}", _append, pointers, ("S", "L"), strides + new_strides, constants, launch, i
-            )
+            numbers = ["S", "L", *strides, *new_strides]
+            yield _case("kv_append", f"{width}", _append, pointers, numbers, constants, launch, i)
         for i, launch in enumerate(LAUNCHES["reorder"]):
             pointers = {**caches, "buffer": "*bf16", "source": "*i32", "target": "*i32"}
             for name, gather in (("gather", True), ("scatter", False)):
@@ -134,7 +133,7 @@ def _case(
     kernel: object,
     pointers: dict[str, str],
     numbers: list[str],
-    constants: dict[str, object],
+    constants: Mapping[str, object],
     launch: Launch,
     place: int,
 ) -> Case:

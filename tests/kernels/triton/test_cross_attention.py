@@ -7,7 +7,7 @@ programs, or alignment.
 import pytest
 import torch
 
-from miss.kernels.cross_attention import op, reference, torch_impl, triton_impl
+from miss.kernels.cross_attention import op, reference, torch_impl, triton_backward_impl, triton_impl
 from miss.kernels.dropout import keep_mask
 from miss.kernels.launches import Launch
 from tests.helpers import assert_as_good_as
@@ -71,11 +71,31 @@ def check(size, dtype, dropout_p=0.0, module=triton_impl):
     torch.testing.assert_close(lse[seen].double(), exact_lse[seen], atol=1e-5, rtol=1e-5)
 
 
+def check_backward(size, dtype, dropout_p=0.0, backward=triton_backward_impl.kv_backward):
+    args = inputs(*size, dtype, dropout_p)
+    dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    out, lse = triton_impl.kv_forward(*args)
+    exact_out, exact_lse = reference.kv_forward(*doubled(args))
+    got = backward(dout, *args[:3], out, lse, *args[3:])
+    low = torch_impl.kv_backward(dout, *args[:3], out, lse, *args[3:])
+    exact = doubled(args)
+    exact = reference.kv_backward(dout.double(), *exact[:3], exact_out, exact_lse, *exact[3:])
+    for name, g, p, e in zip(("dq", "dk", "dv"), got, low, exact, strict=True):
+        assert g.dtype == dtype and g.is_contiguous()
+        assert_as_good_as(g, p, e, slack=3.0, floor=floor(dtype), what=name)
+    return got
+
+
+def force(monkeypatch, module, name, launch):
+    monkeypatch.setattr(module, name, dict.fromkeys(getattr(module, name), (launch,)))
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Blocks that make many tiles, tails and spans of few numbers."""
-    names = triton_impl.LAUNCHES
-    monkeypatch.setattr(triton_impl, "LAUNCHES", dict.fromkeys(names, (Launch(SMALL, 1, 1),)))
+    force(monkeypatch, triton_impl, "LAUNCHES", Launch(SMALL, 1, 1))
+    force(monkeypatch, triton_backward_impl, "DQ_LAUNCHES", Launch({"BM": 16, "BN": 32, "TAIL": 16}, 1, 1))
+    force(monkeypatch, triton_backward_impl, "DKV_LAUNCHES", Launch({"BM": 16, "BN": 32}, 1, 1))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, P])
@@ -89,14 +109,50 @@ def test_error_rule_of_every_table_entry(dtype, monkeypatch):
     for kind, launches in triton_impl.LAUNCHES.items():
         if (kind == "float32") == (dtype == torch.float32):
             for launch in launches:
-                monkeypatch.setattr(triton_impl, "LAUNCHES", dict.fromkeys(triton_impl.LAUNCHES, (launch,)))
+                force(monkeypatch, triton_impl, "LAUNCHES", launch)
                 check(SIZES[1], dtype)
                 check(SIZES[2], dtype, P)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: str(size[:2]))
+def test_gradients(size, dropout_p, small):
+    check_backward(size, torch.float32, dropout_p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("table", ["DQ_LAUNCHES", "DKV_LAUNCHES"])
+def test_gradients_of_every_table_entry(table, dtype, monkeypatch):
+    for kind, launches in getattr(triton_backward_impl, table).items():
+        if (kind == "float32") == (dtype == torch.float32):
+            for launch in launches:
+                force(monkeypatch, triton_backward_impl, table, launch)
+                check_backward(SIZES[1], dtype, P)
 
 
 def test_image_of_197_keys():
     check(([2], (20, 197, 1, 64), None), torch.float32)
     check(([1], (1, 197, 1, 64), None), torch.bfloat16)
+    check_backward(([2], (20, 197, 1, 64), None), torch.float32)
+
+
+def test_what_has_no_reader_or_is_not_seen_takes_no_gradient(small):
+    """The memory of gradients comes unset: zeros are written, not left."""
+    dq, dk, dv = check_backward(([0, 2, 1], (5, 70, 1, 32), [70, 33, 0]), torch.float32)
+    for unseen in (dq[2], dk[0], dv[0], dk[1, 33:], dv[1, 33:], dk[2], dv[2]):
+        assert not unseen.any()
+
+
+def test_gradients_are_the_same_bits_whatever_else_is_in_the_batch(small):
+    q, k, v, index, lengths, *rest = inputs([2, 3, 1], (5, 70, 2, 32), [70, 33, 64], torch.float32)
+    out, lse = triton_impl.kv_forward(q, k, v, index, lengths, *rest)
+    together = triton_backward_impl.kv_backward(q * 2, q, k, v, out, lse, index, lengths, *rest)
+    rows, one = slice(2, 5), slice(1, 2)
+    alone = triton_backward_impl.kv_backward(
+        q[rows] * 2, q[rows], k[one], v[one], out[rows], lse[rows], int32([0, 0, 0]), lengths[one], *rest
+    )
+    wanted = together[0][rows], together[1][one], together[2][one]
+    assert all(map(torch.equal, alone, wanted))
 
 
 def test_spans_are_a_function_of_the_keys_alone():
@@ -141,7 +197,7 @@ def test_nan_and_infinity_among_the_visible(small):
 def test_a_wrong_index_stays_inside_its_plan(index):
     plan = triton_impl.plan(int32(index), 2, 5, 16)
     images, first = plan.tiles.unbind(1)
-    assert plan.count == 2 and set(images.tolist()) <= {-1, 0, 1} and plan.first_rows.clamp(0, 3).equal(plan.first_rows)
+    assert plan.bound == 2 and set(images.tolist()) <= {-1, 0, 1} and plan.first_rows.clamp(0, 3).equal(plan.first_rows)
 
 
 def test_the_plan_of_many_images():
@@ -151,7 +207,7 @@ def test_the_plan_of_many_images():
     wanted = [(i, m) for i, c in enumerate(counts.tolist()) for m in range(0, 7 * c, 16)]
     tiles = [tuple(t) for t in plan.tiles.tolist()]
     assert tiles[: len(wanted)] == wanted and all(image == -1 for image, _ in tiles[len(wanted) :])
-    assert plan.first_rows.tolist() == [0, *counts.cumsum(0).tolist()] and len(tiles) == plan.count
+    assert plan.first_rows.tolist() == [0, *counts.cumsum(0).tolist()] and len(tiles) == plan.bound
 
 
 @pytest.mark.parametrize("bug", ["mask", "tail", "scale", "image", "span", "dropout"])
@@ -177,6 +233,25 @@ def test_planted_bugs_are_seen(bug, small, monkeypatch):
         check(SIZES[4], torch.float32, P if bug == "dropout" else 0.0, Wrong)
 
 
+@pytest.mark.parametrize("bug", ["mask", "scale", "image", "dropout", "delta"])
+def test_planted_bugs_in_gradients_are_seen(bug, small):
+    def wrong(dout, q, k, v, out, lse, index, lengths, scale, dropout_p, seed):
+        if bug == "mask":
+            lengths = lengths + 1
+        if bug == "scale":
+            scale = scale * 1.01
+        if bug == "image":
+            index = torch.cat([index[:1], index[:-1]])
+        if bug == "dropout":
+            seed = seed + 1
+        if bug == "delta":
+            out = out * 0.99
+        return triton_backward_impl.kv_backward(dout, q, k, v, out, lse, index, lengths, scale, dropout_p, seed)
+
+    with pytest.raises(AssertionError, match="error"):
+        check_backward(([2, 3], (3, 70, 2, 32), [65, 33]), torch.float32, P if bug == "dropout" else 0.0, wrong)
+
+
 def test_the_table_says_what_is_not_taken():
     limits = next(i.limits for i in op.FORWARD.impls if i.name == "triton")
     q, k, v, *rest = inputs(*SIZES[1], torch.float32)
@@ -184,3 +259,6 @@ def test_the_table_says_what_is_not_taken():
     assert "32 or 64 wide" in limits(q[..., :16], k[..., :16], v[..., :16], *rest)
     assert "one dtype" in limits(q, k.bfloat16(), v, *rest)
     assert "scale" in limits(q, k, v, *rest[:2], -1.0, *rest[3:])
+    limits = next(i.limits for i in op.BACKWARD.impls if i.name == "triton")
+    assert limits(q, q, k, v, q, q, *rest) is None
+    assert "one dtype" in limits(q.double(), q, k, v, q, q, *rest)
