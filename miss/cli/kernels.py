@@ -1,5 +1,6 @@
 """miss kernels list: every operation, its implementations in order, what runs here for a dtype and why not the others.
 miss kernels built: whether the CPU kernels are compiled, and for which instruction sets.
+miss kernels validate: measures our GPU kernels on the GPU at hand, so that those that are proven run by themselves.
 
 Knows the tables and the report of the compiled kernels; does not know shapes: `miss explain` asks with a model's.
 """
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from miss.cli.kernels_validate import ValidateArgs, validate
 from miss.kernels import extension, registry
 from miss.models.config import did_you_mean
 
@@ -125,4 +127,4 @@ def _render(op: dict[str, Any], report: extension.Report) -> str:
     return "\n".join(lines)
 
 
-COMMANDS = {"list": (ListArgs, list_kernels), "built": (BuiltArgs, built)}
+COMMANDS = {"list": (ListArgs, list_kernels), "built": (BuiltArgs, built), "validate": (ValidateArgs, validate)}
