@@ -57,6 +57,7 @@ class Impl:
     run: Callable[..., Any]
     device: str | None = None
     capability: tuple[int, int] = (0, 0)
+    before: tuple[int, int] | None = None  # the first capability that it has no code for
     dtypes: frozenset[torch.dtype] = FLOATS
     requires: str | None = None  # a module that must be installed
     needs: Callable[[], str | None] | None = None  # of the machine, once a process: None, or what is missing
@@ -209,6 +210,11 @@ def load_all() -> None:
 _forced = Forced(os.environ.get("MISS_KERNELS", ""))
 
 
+def forced(op: str) -> str | None:
+    """The implementation that `use()` or MISS_KERNELS asks for; None where the choice is free."""
+    return _forced.get(op)
+
+
 def environment() -> dict[str, str]:
     """What MISS_KERNELS asks for."""
     return dict(_forced.environment)
@@ -283,6 +289,20 @@ def _target(device: torch.device) -> Target:
     return Target(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
+def _absent(module: str) -> str | None:
+    """Why a module cannot be imported; None where it is there. Of "package.module" the package is imported for it."""
+    package = module.partition(".")[0]
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            return f"the package {package} cannot be imported: {error}"
+        found = False
+    except Exception as error:  # a package built for another PyTorch raises what it likes
+        return f"the package {package} cannot be imported: {type(error).__name__}: {error}"
+    return None if found else f"needs the package {module}, which is not installed"
+
+
 @functools.cache
 def _misfit(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str | None:
     """Why `impl` cannot serve this device and dtype; None where it can."""
@@ -293,10 +313,12 @@ def _misfit(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str
         capability = (_target(where) if isinstance(where, torch.device) else where).capability
         if capability < impl.capability:
             return f"needs compute capability {impl.capability}, got {capability}"
+        if impl.before is not None and capability >= impl.before:
+            return f"needs compute capability below {impl.before}, got {capability}"
     if dtype not in impl.dtypes:
         return f"does not take {str(dtype).removeprefix('torch.')}"
-    if impl.requires is not None and importlib.util.find_spec(impl.requires) is None:
-        return f"needs the package {impl.requires}, which is not installed"
+    if impl.requires is not None and (reason := _absent(impl.requires)):
+        return reason
     return impl.needs() if impl.needs is not None else None
 
 

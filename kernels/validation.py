@@ -81,6 +81,18 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return type(value)(mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
 
 
+def _copy(t: Tensor) -> Tensor:
+    """A copy with the same strides, as views of a packed projection have them; contiguous where elements coincide."""
+    if 0 in t.stride() or t.numel() == 0:
+        return t.clone()
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _changes_arguments(op: Op) -> bool:
+    custom = getattr(torch.ops.miss, op.name, None)
+    return custom is not None and bool(custom.default._schema.is_mutable)
+
+
 def _custom(op: Op) -> Callable[..., Any] | None:
     return getattr(torch.ops.miss, op.name, None) if op.name + BACKWARD in OPS else None
 
@@ -95,7 +107,8 @@ def gather(call: Callable[[], Any]) -> list[Call]:
     def watcher(op: Op, args: tuple[Any, ...], _: Impl | None) -> None:
         asks = torch.is_grad_enabled() and _custom(op) is not None
         wanted = [i for i, a in enumerate(args) if asks and isinstance(a, Tensor) and a.requires_grad]
-        seen.append(Call(op, mapped(args, Tensor.detach), tuple(wanted)))
+        before = mapped(args, _copy if _changes_arguments(op) else Tensor.detach)
+        seen.append(Call(op, before, tuple(wanted)))
 
     with watch(watcher):
         call()
@@ -222,7 +235,7 @@ def _double(call: Call) -> Call:
 
 def _results(call: Call, impl: Impl) -> list[Tensor | None]:
     """What a row gives; of one that returns nothing, the arguments that it has changed. None where it keeps nothing."""
-    fresh = dataclasses.replace(call, args=mapped(call.args, Tensor.clone))
+    fresh = dataclasses.replace(call, args=mapped(call.args, lambda t: _copy(t.detach())))
     found = _bound(fresh, impl)()
     if call.device.type == "cuda":
         torch.cuda.synchronize(call.device)  # an error of a kernel appears here, not in what is asked next

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from miss.kernels import extension
-from miss.kernels.attention import limits, reference, torch_impl
+from miss.kernels.attention import libraries, limits, reference, torch_impl
 from miss.kernels.dropout import Seed, as_seed
 from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
 
@@ -42,6 +42,7 @@ FORWARD = Op(
     "attention",
     _cpu("forward", limits.forward),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
+    *libraries.BELOW,
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
@@ -53,7 +54,9 @@ BACKWARD = Op(
 VARLEN_FORWARD = Op(
     "attention_varlen",
     _cpu("varlen_forward", limits.varlen_forward),
+    *libraries.VARLEN_ABOVE,
     Impl("torch", torch_impl.varlen_forward, dtypes=ALL_FLOATS, composite=True),
+    *libraries.VARLEN_BELOW,
     Impl("reference", reference.varlen_forward, dtypes=ALL_FLOATS),
 )
 VARLEN_BACKWARD = Op(

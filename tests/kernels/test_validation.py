@@ -112,6 +112,15 @@ def test_what_is_changed_in_place_is_compared():
     assert not record.correct and record.error == pytest.approx(1.0)
 
 
+def test_a_row_gets_the_strides_of_the_call(toy):
+    """Views of a packed projection stay such: a kernel that takes them for contiguous would be right on copies."""
+    packed = torch.randn(5, 3, 8)
+    record = measured(toy, lambda x: x.as_strided(x.shape, (8, 1)).exp(), packed[:, 1])
+    assert not record.correct
+    assert measured(toy, lambda x: x.exp(), packed[:, 1]).correct
+    assert measured(toy, lambda x: x.exp(), packed[:1, 1].expand(4, 8)).correct
+
+
 def test_a_call_is_gathered_with_its_gradient():
     x, w = torch.randn(3, 5, 16).requires_grad_(), torch.ones(16).requires_grad_()
     found = gather(lambda: layer_norm(x, w, w))
