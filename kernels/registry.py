@@ -303,9 +303,7 @@ def _absent(module: str) -> str | None:
     return None if found else f"needs the package {module}, which is not installed"
 
 
-@functools.cache
-def _misfit(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str | None:
-    """Why `impl` cannot serve this device and dtype; None where it can."""
+def _wrong_device(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str | None:
     kind = where.type if isinstance(where, torch.device) else "cuda"
     if impl.device is not None and kind != impl.device:
         return f"needs a {impl.device} tensor, got {kind}"
@@ -317,9 +315,25 @@ def _misfit(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str
             return f"needs compute capability below {impl.before}, got {capability}"
     if dtype not in impl.dtypes:
         return f"does not take {str(dtype).removeprefix('torch.')}"
-    if impl.requires is not None and (reason := _absent(impl.requires)):
-        return reason
-    return impl.needs() if impl.needs is not None else None
+    return None
+
+
+@functools.cache
+def _misfit(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot serve this device and dtype; None where it can."""
+    reason = _wrong_device(impl, where, dtype)
+    if reason is None and impl.requires is not None:
+        reason = _absent(impl.requires)
+    if reason is None and impl.needs is not None:
+        reason = impl.needs()
+    return reason
+
+
+@functools.cache
+def _serving(op: "Op", where: torch.device | Target, dtype: torch.dtype) -> tuple[Impl, ...]:
+    """The rows for this device and dtype, so that a call asks the others nothing. Packages are looked for only where a
+    row's turn comes: to find some, they must be imported."""
+    return tuple(impl for impl in op.impls if _wrong_device(impl, where, dtype) is None)
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:
@@ -370,10 +384,17 @@ class Op:
             NotImplementedError: none fits (or the forced one does not); the message gives each one's reason.
         """
         forced = _forced.get(self.name)
-        for impl in self.impls:
-            if (forced is None or forced == impl.name) and not self.why_not(impl, *args):
-                chosen = impl
-                break
+        first = args[0] if isinstance(args[0], Tensor) else _first_tensor(args)
+        where, dtype = first.device if _pretended is None else _pretended, first.dtype
+        for impl in _serving(self, where, dtype):
+            if forced is not None and forced != impl.name:
+                continue
+            if _misfit(impl, where, dtype) or (impl.limits is not None and impl.limits(*args)):
+                continue
+            if impl.sources and forced is None and self.verdict(impl, *args).reason:
+                continue
+            chosen = impl
+            break
         else:
             chosen = None
         for watcher in _watchers:

@@ -123,6 +123,10 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         one, two, three, four = (functional.normalize(s.leaf(count, 256).detach()) for count in rows)
         return one.requires_grad_(), two, three, four
 
+    def attend_packed() -> Tensor:
+        total = int(lengths.sum())
+        return attention_varlen(s.heads_of(total), s.heads_of(total), s.heads_of(total), offsets, int(lengths.max()))
+
     def labels() -> Tensor:
         return s.counted(s.rows * 5).long()
 
@@ -193,9 +197,7 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "linear_into": lambda: linear_into(s.leaf(*image).detach(), s.weight(width, wide).detach(), None, by_head()),
         "gelu_mlp": lambda: expand(s.leaf(*image), s.weight(inner, wide)),
         "attention": attend,
-        "attention_varlen": lambda: attention_varlen(
-            *(s.heads_of(int(lengths.sum())) for _ in range(3)), offsets, int(lengths.max())
-        ),
+        "attention_varlen": attend_packed,
         "cross_attention": lambda: cross_attention(s.heads_of(s.rows, s.text), kv_source(), index),
         "cross_attention_tokens": lambda: cross_attention(s.heads_of(s.rows, s.text), token_source(), index),
         "decode_attention": lambda: decode_attention(new(), s.cache(), s.cache(), slots, lengths),

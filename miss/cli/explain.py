@@ -105,7 +105,7 @@ def render(choice: Choice) -> str:
     for row in choice.candidates:
         says = row["reason"] or ("runs" if row["name"] == choice.runs else "fits, but stands below")
         says += f": {row['evidence']}" if "evidence" in row else ""
-        lines.append(f"  {row['name']:<10} {says}")
+        lines.append(f"  {row['name']:<12} {says}")
     if choice.runs is None:
         lines.append("  nothing can run: a call raises NotImplementedError")
     elif choice.gradient:

@@ -123,7 +123,7 @@ def _render(op: dict[str, Any], report: extension.Report) -> str:
         says = {dtype: _says(row, here, report.isa) for dtype, here in row["here"].items()}
         same = len(set(says.values())) == 1
         text = next(iter(says.values())) if same else "; ".join(f"{dtype}: {what}" for dtype, what in says.items())
-        lines.append(f"  {row['name']:<10} {text}")
+        lines.append(f"  {row['name']:<12} {text}")
     return "\n".join(lines)
 
 
