@@ -4,7 +4,7 @@ Knows the registry's reference; does not know clocks.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from miss.benchmarks.cases import Bound, Case
 from miss.kernels import registry
+from miss.kernels.validation import mapped, tensors
 
 Checked = tuple[tuple[Any, ...], list[Tensor]]  # a set of inputs, its results in float64
 _COSTLY = 2e9  # FLOPs beyond which one set is checked, not two: the float64 reference has 100 GFLOP/s at best
@@ -35,25 +36,6 @@ class Runner:
     warms: bool = True  # whether a call that is not timed comes before each sample
     bound: list[Bound] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in a nest of tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(v, change) for v in value))
-    return type(value)(mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _double(t: Tensor) -> Tensor:

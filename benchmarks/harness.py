@@ -96,7 +96,7 @@ def _runners(case: Case, inputs: tuple[Any, ...], result: Result) -> list[Runner
         if reason := op.cannot(impl, *args):
             result.skipped.append({**name, "implementation": impl.name, "reason": reason})
             continue
-        ours = impl.name != "torch"
+        ours = impl.device == "cpu" or bool(impl.sources) or impl.name == "composed"  # the rest are libraries
         runners.append(Runner(impl.name, ours, impl is chosen, bind, {case.op: impl.name}, tolerance))
     for peer in case.peers:
         if peer.missing:

@@ -57,6 +57,7 @@ class Impl:
     run: Callable[..., Any]
     device: str | None = None
     capability: tuple[int, int] = (0, 0)
+    before: tuple[int, int] | None = None  # the first capability that it has no code for
     dtypes: frozenset[torch.dtype] = FLOATS
     requires: str | None = None  # a module that must be installed
     needs: Callable[[], str | None] | None = None  # of the machine, once a process: None, or what is missing
@@ -209,6 +210,11 @@ def load_all() -> None:
 _forced = Forced(os.environ.get("MISS_KERNELS", ""))
 
 
+def forced(op: str) -> str | None:
+    """The implementation that `use()` or MISS_KERNELS asks for; None where the choice is free."""
+    return _forced.get(op)
+
+
 def environment() -> dict[str, str]:
     """What MISS_KERNELS asks for."""
     return dict(_forced.environment)
@@ -283,9 +289,21 @@ def _target(device: torch.device) -> Target:
     return Target(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
-@functools.cache
-def _misfit(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str | None:
-    """Why `impl` cannot serve this device and dtype; None where it can."""
+def _absent(module: str) -> str | None:
+    """Why a module cannot be imported; None where it is there. Of "package.module" the package is imported for it."""
+    package = module.partition(".")[0]
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            return f"the package {package} cannot be imported: {error}"
+        found = False
+    except Exception as error:  # a package built for another PyTorch raises what it likes
+        return f"the package {package} cannot be imported: {type(error).__name__}: {error}"
+    return None if found else f"needs the package {module}, which is not installed"
+
+
+def _wrong_device(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str | None:
     kind = where.type if isinstance(where, torch.device) else "cuda"
     if impl.device is not None and kind != impl.device:
         return f"needs a {impl.device} tensor, got {kind}"
@@ -293,11 +311,29 @@ def _misfit(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str
         capability = (_target(where) if isinstance(where, torch.device) else where).capability
         if capability < impl.capability:
             return f"needs compute capability {impl.capability}, got {capability}"
+        if impl.before is not None and capability >= impl.before:
+            return f"needs compute capability below {impl.before}, got {capability}"
     if dtype not in impl.dtypes:
         return f"does not take {str(dtype).removeprefix('torch.')}"
-    if impl.requires is not None and importlib.util.find_spec(impl.requires) is None:
-        return f"needs the package {impl.requires}, which is not installed"
-    return impl.needs() if impl.needs is not None else None
+    return None
+
+
+@functools.cache
+def _misfit(impl: Impl, where: torch.device | Target, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot serve this device and dtype; None where it can."""
+    reason = _wrong_device(impl, where, dtype)
+    if reason is None and impl.requires is not None:
+        reason = _absent(impl.requires)
+    if reason is None and impl.needs is not None:
+        reason = impl.needs()
+    return reason
+
+
+@functools.cache
+def _serving(op: "Op", where: torch.device | Target, dtype: torch.dtype) -> tuple[Impl, ...]:
+    """The rows for this device and dtype, so that a call asks the others nothing. Packages are looked for only where a
+    row's turn comes: to find some, they must be imported."""
+    return tuple(impl for impl in op.impls if _wrong_device(impl, where, dtype) is None)
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:
@@ -348,10 +384,17 @@ class Op:
             NotImplementedError: none fits (or the forced one does not); the message gives each one's reason.
         """
         forced = _forced.get(self.name)
-        for impl in self.impls:
-            if (forced is None or forced == impl.name) and not self.why_not(impl, *args):
-                chosen = impl
-                break
+        first = args[0] if isinstance(args[0], Tensor) else _first_tensor(args)
+        where, dtype = first.device if _pretended is None else _pretended, first.dtype
+        for impl in _serving(self, where, dtype):
+            if forced is not None and forced != impl.name:
+                continue
+            if _misfit(impl, where, dtype) or (impl.limits is not None and impl.limits(*args)):
+                continue
+            if impl.sources and forced is None and self.verdict(impl, *args).reason:
+                continue
+            chosen = impl
+            break
         else:
             chosen = None
         for watcher in _watchers:

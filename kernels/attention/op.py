@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from miss.kernels import extension
-from miss.kernels.attention import limits, reference, torch_impl
+from miss.kernels.attention import libraries, limits, reference, torch_impl
 from miss.kernels.dropout import Seed, as_seed
 from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy, triton
 
@@ -43,6 +43,7 @@ FORWARD = Op(
     triton("attention.triton_impl", "forward", limits.triton_forward),
     _cpu("forward", limits.forward),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
+    *libraries.BELOW,
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 BACKWARD = Op(
@@ -56,7 +57,9 @@ VARLEN_FORWARD = Op(
     "attention_varlen",
     triton("attention.triton_impl", "varlen_forward", limits.triton_varlen_forward),
     _cpu("varlen_forward", limits.varlen_forward),
+    *libraries.VARLEN_ABOVE,
     Impl("torch", torch_impl.varlen_forward, dtypes=ALL_FLOATS, composite=True),
+    *libraries.VARLEN_BELOW,
     Impl("reference", reference.varlen_forward, dtypes=ALL_FLOATS),
 )
 VARLEN_BACKWARD = Op(

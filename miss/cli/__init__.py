@@ -21,7 +21,7 @@ COMMANDS = {
     "quantize": "pack a checkpoint into int8 and int4",
     "data": "check and pack data sets",
     "doctor": "show what is installed and works here, and what to do where answering does not",
-    "kernels": "list every operation's implementations; compile the Triton kernels without a GPU",
+    "kernels": "list every operation's implementations; compile the GPU kernels without a GPU, or prove them on one",
     "bench": "time the operations against this machine's ceilings, compare two runs",
     "profile": "show where the time of an answer goes, by stage and operation, against this machine's ceilings",
     "explain": "show which implementation of each operation runs here, and why not the others",

@@ -38,9 +38,9 @@ OPTIONAL = {
     "onnx": ("onnx", "`miss convert` of starting weights that come as ONNX"),
     "transformers": ("transformers", "the tests that compare with Hugging Face; nothing that users run"),
     "pybind11": ("pybind11", "building the CPU kernels"),
-    "triton": ("triton", "our kernels on a CUDA device (where forced: none is proven yet), `miss kernels compile`"),
-    "flash-attn": ("flash_attn", "nothing yet: no implementation here uses it"),
-    "xformers": ("xformers", "nothing yet: no implementation here uses it"),
+    "triton": ("triton", "our kernels on a CUDA device (none is proven yet), `miss kernels compile`"),
+    "flash-attn": ("flash_attn", "attention of packed sequences on a GPU (never run here)"),
+    "xformers": ("xformers", "attention on a GPU where it is forced (never run here)"),
     "bitsandbytes": ("bitsandbytes", "`miss quantize --scheme nf4` and `llm-int8`"),
 }
 

@@ -2,6 +2,7 @@
 miss kernels built: whether the CPU kernels are compiled, and for which instruction sets.
 miss kernels compile: the Triton kernels for GPUs that need not be here: registers, spills, shared memory, a report.
 miss kernels report: the report of the last such compilation that the repository holds.
+miss kernels validate: measures our GPU kernels on the GPU at hand, so that those that are proven run by themselves.
 
 Knows the tables and the report of the compiled kernels; does not know shapes: `miss explain` asks with a model's.
 """
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from miss.cli.kernels_compile import CompileArgs, ReportArgs, compile_kernels, show_report
+from miss.cli.kernels_validate import ValidateArgs, validate
 from miss.kernels import extension, registry
 from miss.models.config import did_you_mean
 
@@ -124,7 +126,7 @@ def _render(op: dict[str, Any], report: extension.Report) -> str:
         says = {dtype: _says(row, here, report.isa) for dtype, here in row["here"].items()}
         same = len(set(says.values())) == 1
         text = next(iter(says.values())) if same else "; ".join(f"{dtype}: {what}" for dtype, what in says.items())
-        lines.append(f"  {row['name']:<10} {text}")
+        lines.append(f"  {row['name']:<12} {text}")
     return "\n".join(lines)
 
 
@@ -132,5 +134,6 @@ COMMANDS = {
     "list": (ListArgs, list_kernels),
     "built": (BuiltArgs, built),
     "compile": (CompileArgs, compile_kernels),
+    "validate": (ValidateArgs, validate),
     "report": (ReportArgs, show_report),
 }

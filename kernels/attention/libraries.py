@@ -1,0 +1,96 @@
+"""Rows of other people's attention kernels: which package, which GPUs, and what each does not take.
+
+Knows the libraries' documented limits; does not know their calls (`*_impl.py`). None of them was ever run here.
+
+They draw dropout's mask by generators of their own, so that a seed would not mean what it means in every other row:
+dropout is refused. Padding by lengths is known to FlexAttention alone; the others take sequences packed.
+
+Rows that stand above `torch` run by themselves where they are installed; those below are there to be forced and to be
+measured against. flash-attn 2 and 3 stand above it for packed sequences, which PyTorch's own attention takes only
+padded and masked. Unpadded, `torch` is PyTorch's build of the same kernels (or cuDNN's), so that nothing is to be won.
+flash-attn 4 is a pre-release; xformers waits for the device to read the lengths, which ends a captured graph;
+FlexAttention compiles for each new shape, tens of seconds that nobody asked for.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miss.kernels.registry import FLOATS, HALVES, Impl, lazy
+
+WIDEST = 256  # head width of flash-attn 2 and 3
+FLASH_4_WIDTHS = (64, 96, 128)
+FLEX_NARROWEST = 16
+
+
+def _flash_misfit(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None) -> str | None:
+    width = q.shape[-1]
+    if seed is not None:
+        return "draws dropout by its own generator"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"takes one dtype for all, got {q.dtype}, {k.dtype} and {v.dtype}"
+    if width % 8 or width > WIDEST:
+        return f"heads are a multiple of 8 up to {WIDEST} wide, got {width}"
+    return None if q.numel() and k.numel() else "needs at least one row"
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float, p: float, seed: Tensor | None
+) -> str | None:
+    """What flash-attn and xformers take of a padded batch: one without padding."""
+    if lengths is not None:
+        return "takes no lengths: packed sequences are for attention_varlen"
+    return _flash_misfit(q, k, v, seed)
+
+
+def flash_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any) -> str | None:
+    """What they take of packed sequences."""
+    if offsets.dtype != torch.int32 or not offsets.is_contiguous():
+        return "takes contiguous int32 offsets"
+    return _flash_misfit(q, k, v, rest[-1])
+
+
+def _flash_4(q: Tensor, *rest: Any) -> str | None:
+    wide = None if q.shape[-1] in FLASH_4_WIDTHS else f"heads are {FLASH_4_WIDTHS} wide, got {q.shape[-1]}"
+    return wide or flash(q, *rest)
+
+
+def _flash_4_varlen(q: Tensor, *rest: Any) -> str | None:
+    wide = None if q.shape[-1] in FLASH_4_WIDTHS else f"heads are {FLASH_4_WIDTHS} wide, got {q.shape[-1]}"
+    return wide or flash_varlen(q, *rest)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
+    if rest[-1] is not None:
+        return "has no dropout"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"takes one dtype for all, got {q.dtype}, {k.dtype} and {v.dtype}"
+    if q.shape[-1] < FLEX_NARROWEST:
+        return f"heads are at least {FLEX_NARROWEST} wide, got {q.shape[-1]}"
+    return None if q.numel() and k.numel() else "needs at least one row"
+
+
+# autograd sees through all of them: each brings its own backward.
+_USUAL: dict[str, Any] = {"device": "cuda", "dtypes": HALVES, "composite": True}
+_FLASH: dict[str, Any] = {**_USUAL, "capability": (8, 0), "requires": "flash_attn.flash_attn_interface"}
+_FLASH_3: dict[str, Any] = {**_USUAL, "capability": (9, 0), "before": (10, 0), "requires": "flash_attn_interface"}
+_FLASH_4: dict[str, Any] = {**_USUAL, "capability": (9, 0), "before": (12, 0), "requires": "flash_attn.cute"}
+_XFORMERS: dict[str, Any] = {**_USUAL, "capability": (8, 0), "requires": "xformers.ops"}
+_FLEX: dict[str, Any] = {**_USUAL, "capability": (8, 0), "dtypes": FLOATS, "requires": "triton"}
+
+BELOW = (
+    Impl("flash_attn", lazy("attention.flash_attn_impl", "forward"), limits=flash, **_FLASH),
+    Impl("flash_attn_3", lazy("attention.flash_attn_3_impl", "forward"), limits=flash, **_FLASH_3),
+    Impl("flash_attn_4", lazy("attention.flash_attn_4_impl", "forward"), limits=_flash_4, **_FLASH_4),
+    Impl("xformers", lazy("attention.xformers_impl", "forward"), limits=flash, **_XFORMERS),
+    Impl("flex", lazy("attention.flex_impl", "forward"), limits=flex, **_FLEX),
+)
+VARLEN_ABOVE = (
+    Impl("flash_attn_3", lazy("attention.flash_attn_3_impl", "varlen_forward"), limits=flash_varlen, **_FLASH_3),
+    Impl("flash_attn", lazy("attention.flash_attn_impl", "varlen_forward"), limits=flash_varlen, **_FLASH),
+)
+VARLEN_BELOW = (
+    Impl("flash_attn_4", lazy("attention.flash_attn_4_impl", "varlen_forward"), limits=_flash_4_varlen, **_FLASH_4),
+    Impl("xformers", lazy("attention.xformers_impl", "varlen_forward"), limits=flash_varlen, **_XFORMERS),
+)

@@ -1,0 +1,268 @@
+"""`miss kernels validate`: proves our GPU kernels on the GPU at hand, and writes what it finds as evidence.
+
+Knows which calls to measure, the process that measures and the file; does not know how anything is measured
+(miss.kernels.validation) or what a record allows (miss.kernels.evidence).
+
+The measuring is done by a process of its own, which is started anew where it dies or hangs: a kernel that reads beyond
+its memory takes the CUDA context of its process with it, and that is a finding about one kernel, not the end of all.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from miss.cli.calls import Shapes, calls, variants
+from miss.kernels import evidence, registry
+from miss.kernels.evidence import Record
+from miss.kernels.validation import QUICK, Call, Pace, blank, gather, measure, ours
+from miss.models.config import MissConfig, did_you_mean
+
+_STALL = 180.0  # seconds without a word beyond which a measurement hangs: a first compilation takes up to a minute
+_BATCHES = (8, 1, 32, 2, 4, 16, 64)  # the most common first, as time may end
+
+
+@dataclass
+class ValidateArgs:
+    """Measure our GPU kernels on this machine's GPU: correct? faster than what would run in their place?
+
+    Writes a record a kernel and class of shapes; from then on the kernels that are both run by themselves. What is on
+    record for the present sources is not measured again, so that a run that was ended goes on where it was.
+    """
+
+    op: tuple[str, ...] = ()
+    """Only these operations (and their gradients); all that have a kernel of ours where none is named."""
+    minutes: float = 10.0
+    """No measurement begins after this time."""
+    preset: tuple[Literal["small", "base", "large"], ...] = ("base", "small")
+    """Whose shapes to measure."""
+    dtype: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16", "float16", "float32")
+    """In which dtypes."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu: a trial of this command with the CPU's kernels; it proves nothing and is written only where --out says."""
+    quick: bool = False
+    """Few shapes of the small model and few repeats, to see whether it works."""
+    again: bool = False
+    """Measure also what is on record."""
+    json: bool = False
+    """One JSON object at the end instead of a line a measurement."""
+    out: Path | None = None
+    """Write to this file instead of the user's own ($MISS_EVIDENCE, or evidence.json in the cache folder)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a measuring process is to do."""
+
+    names: tuple[str, ...]
+    presets: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    batches: tuple[int, ...]
+    device: str
+    pace: Pace
+    deadline: float  # of time.time()
+
+
+@dataclass
+class Found:
+    """What came of it."""
+
+    records: list[Record] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    complete: bool = False
+
+
+def validate(args: ValidateArgs) -> int:
+    registry.load_all()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "this PyTorch sees no CUDA device, and our GPU kernels can be proven on one alone "
+            "(--device cpu --quick tries the command itself)"
+        )
+    plan = _plan(args, device)
+    path = args.out if args.out is not None else evidence.user_file() if device.type == "cuda" else None
+    if device.type == "cuda" and path is None:
+        raise ValueError("there is no home folder to write to; name a file with --out, or in $MISS_EVIDENCE")
+    known = [] if path is None else evidence.read(path)  # an unreadable one ends it here, not after ten minutes
+    done = set() if args.again else {(*r.key, r.sources) for r in known}
+    found = Found()
+
+    def report(text: str) -> None:
+        if not args.json:
+            print(text, flush=True)
+
+    report(f"measuring {', '.join(plan.names)} on {_hardware(device)}, at most {args.minutes:g} minutes")
+    for record in measured(plan, done, found, work, _STALL):
+        if path is not None:
+            evidence.write(path, [record])
+        found.records.append(record)
+        report(_line(record))
+    _finish(args, path, found)
+    return 0
+
+
+def _hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "the CPU (a trial, no evidence)"
+
+
+def _finish(args: ValidateArgs, path: Path | None, found: Found) -> None:
+    proven = sum(r.refusal() is None for r in found.records)
+    if args.json:
+        rows = [dataclasses.asdict(r) for r in found.records]
+        head = {"file": None if path is None else str(path), "complete": found.complete, "proven": proven}
+        print(json.dumps({**head, "skipped": found.skipped, "records": rows}))
+        return
+    for text in found.skipped:
+        print(f"skipped {text}")
+    print(f"{len(found.records)} measured, {proven} of them correct and faster; {path or 'nothing'} is written")
+    if not found.complete:
+        print("the time is over before all shapes were measured: run it again, it goes on from here")
+
+
+def _line(record: Record) -> str:
+    says = record.refusal() or f"{record.speedup:.2f}x of {record.candidate}, {record.microseconds:.1f} us"
+    return f"{record.op} {record.implementation}  {record.shape_class}: {says}"
+
+
+def _plan(args: ValidateArgs, device: torch.device) -> Plan:
+    names = [name for name, op in registry.OPS.items() if not name.endswith(registry.BACKWARD) and _has(op, device)]
+    for name in args.op:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise ValueError(f"no operation named {name} has a kernel of ours{hint}; those that do: {', '.join(names)}")
+    return Plan(
+        names=args.op or tuple(names),
+        presets=("small",) if args.quick else args.preset,
+        dtypes=args.dtype[:1] if args.quick else args.dtype,
+        batches=(2,) if args.quick else _BATCHES,
+        device=str(device),
+        pace=QUICK if args.quick else Pace(),
+        deadline=time.time() + 60 * args.minutes,
+    )
+
+
+def _has(op: registry.Op, device: torch.device) -> bool:
+    tables = [op, registry.OPS.get(op.name + registry.BACKWARD)]
+    return any(table is not None and bool(ours(table, device)) for table in tables)
+
+
+Worker = Callable[[Connection, Plan, frozenset[tuple[str, ...]]], None]
+
+
+def measured(plan: Plan, done: set[tuple[str, ...]], found: Found, worker: Worker, stall: float) -> Iterator[Record]:
+    """The records of one measuring process after another, until all is measured or the time is over. One that says
+    nothing for `stall` seconds is ended, and what it was at is recorded as failed."""
+    context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    while True:
+        here, there = context.Pipe()
+        process = context.Process(target=worker, args=(there, plan, frozenset(done)), daemon=True)
+        process.start()
+        there.close()
+        begun: Record | None = None
+        ended: str | None = None
+        try:
+            while ended is None and (message := _next(here, stall)) is not None:
+                kind, value = message
+                begun = value if kind == "begin" else None
+                if kind == "skip":
+                    found.skipped.append(value)
+                elif kind == "end":
+                    ended = value
+                elif kind == "done":
+                    done.add((*value.key, value.sources))
+                    yield value
+        finally:
+            process.join(timeout=5.0 if ended else 0.0)
+            process.kill()
+            process.join()
+            here.close()
+        if begun is not None:
+            done.add((*begun.key, begun.sources))
+            yield dataclasses.replace(begun, failure=f"its process hung or died (exit code {process.exitcode})")
+        elif ended is None:
+            raise OSError(f"the measuring process hung or died between two measurements (code {process.exitcode})")
+        elif ended != "again":
+            found.complete = ended == "complete"
+            return
+
+
+def _next(here: Connection, stall: float) -> tuple[str, Any] | None:
+    """The next message; None where the process has ended, or says nothing for too long."""
+    try:
+        return here.recv() if here.poll(stall) else None
+    except (EOFError, ConnectionResetError):
+        return None
+
+
+def work(there: Connection, plan: Plan, done: frozenset[tuple[str, ...]]) -> None:
+    """The measuring process. Says ("begin", blank record) before a measurement and ("done", record) or ("skip", why)
+    after it; last ("end", "complete"), "over" where the time is, or "again" where this process can go on no more."""
+    registry.load_all()
+    torch.manual_seed(0)
+    seen = set(done)
+    for name, call in _calls(plan):
+        try:
+            found = gather(call)
+        except Exception as error:  # the rows that run by themselves do not: most often memory
+            there.send(("skip", f"{name}: {_one_line(error)}"))
+            continue
+        for one in found:
+            for impl in ours(one.op, torch.device(plan.device)):
+                if time.time() > plan.deadline:
+                    there.send(("end", "over"))
+                    return
+                record = blank(one, impl)
+                key = (*record.key, record.sources)
+                if key in seen or one.op.cannot(impl, *one.args):
+                    continue
+                seen.add(key)
+                there.send(("begin", record))
+                there.send(_outcome(one, impl, plan.pace))
+                if not _sound(plan.device):
+                    there.send(("end", "again"))
+                    return
+    there.send(("end", "complete"))
+
+
+def _outcome(call: Call, impl: registry.Impl, pace: Pace) -> tuple[str, Any]:
+    try:
+        return "done", measure(call, impl, pace)
+    except Exception as error:  # of the reference or the other rows, or no memory: it says nothing of this one
+        return "skip", f"{call.op.name} {impl.name} {call.shape_class}: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _sound(device: str) -> bool:
+    """Whether the process can still use its device: an illegal access ends that."""
+    try:
+        if device != "cpu":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _calls(plan: Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is measured, the most valuable first: as many questions as images, then many over one image."""
+    for dtype in plan.dtypes:
+        for preset in plan.presets:
+            config = MissConfig.preset(preset)
+            pairs = [(batch, batch) for batch in plan.batches] + [(1, batch) for batch in plan.batches if batch > 1]
+            for images, rows in pairs:
+                where = torch.device(plan.device)
+                shapes = Shapes(config, getattr(torch, dtype), where, images, rows, laid_out=where.type == "cpu")
+                table, more = calls(shapes), variants(shapes)
+                for name in plan.names:
+                    label = f"{name}, {preset}, {dtype}, {images} images, {rows} questions"
+                    yield from ((label, call) for call in (table.get(name), *more.get(name, ())) if call is not None)

@@ -1,0 +1,156 @@
+"""`miss kernels validate`: the command on the CPU's kernels, and what becomes of a measuring process that dies."""
+
+import dataclasses
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from miss.cli import run
+from miss.cli.kernels_validate import Found, Plan, measured, work
+from miss.kernels import evidence, extension
+from miss.kernels.evidence import Record
+from miss.kernels.validation import QUICK
+
+PLAN = Plan(("kv_append",), ("small",), ("float32",), (2,), "cpu", QUICK, deadline=float("inf"))
+BLANK = Record(
+    op="toy",
+    implementation="triton",
+    gpu="NVIDIA H200",
+    architecture="sm_90",
+    shape_class="float32[4]",
+    sources="0" * 16,
+    correct=False,
+    error=None,
+    plain_error=None,
+    candidate="torch",
+    speedup=None,
+    microseconds=None,
+    failure=None,
+    versions={},
+    date="2026-11-24T10:15:00Z",
+)
+GOOD = dataclasses.replace(BLANK, correct=True, error=0.0, plain_error=0.0, speedup=2.0)
+built = pytest.mark.skipif(extension.isa() is None, reason=str(extension.missing()))
+
+
+def outcome(worker, stall: float = 60.0) -> tuple[list[Record], Found]:
+    found = Found()
+    return list(measured(PLAN, set(), found, worker, stall)), found
+
+
+def dies_once(there, plan, done):
+    """At its first start it dies of a kernel; started again, it knows what not to touch."""
+    if not done:
+        there.send(("begin", GOOD))
+        there.send(("done", GOOD))
+        there.send(("begin", dataclasses.replace(BLANK, shape_class="float32[8]")))
+        os._exit(139)
+    assert {key[4] for key in done} == {"float32[4]", "float32[8]"}
+    there.send(("end", "complete"))
+
+
+def hangs_once(there, plan, done):
+    if not done:
+        there.send(("begin", BLANK))
+        time.sleep(60)
+    there.send(("end", "over"))
+
+
+def cannot_go_on(there, plan, done):
+    if not done:
+        there.send(("begin", BLANK))
+        there.send(("done", dataclasses.replace(BLANK, failure="illegal access")))
+        there.send(("end", "again"))
+    else:
+        there.send(("end", "complete"))
+
+
+def dies_between(there, plan, done):
+    os._exit(1)
+
+
+def test_a_kernel_that_kills_its_process_is_recorded_and_the_rest_goes_on():
+    records, found = outcome(dies_once)
+    assert [r.failure for r in records] == [None, "its process hung or died (exit code 139)"]
+    assert records[1].shape_class == "float32[8]" and found.complete
+
+
+def test_a_kernel_that_hangs_is_ended():
+    (record,), found = outcome(hangs_once, stall=8.0)
+    assert record.failure is not None and "hung or died" in record.failure
+    assert not found.complete  # the time was over
+
+
+def test_a_process_that_cannot_go_on_is_replaced():
+    (record,), found = outcome(cannot_go_on)
+    assert record.failure == "illegal access" and found.complete
+
+
+def test_a_process_that_dies_of_something_else_is_an_error():
+    with pytest.raises(OSError, match="died between two measurements"):
+        outcome(dies_between)
+
+
+class Said(list):
+    send = list.append
+
+
+@built
+def test_the_time_that_is_over_ends_it():
+    said = Said()
+    work(said, dataclasses.replace(PLAN, deadline=0.0), frozenset())
+    assert said == [("end", "over")]
+
+
+@built
+def test_what_is_known_is_not_measured_again():
+    said = Said()
+    work(said, PLAN, frozenset())
+    records = [value for kind, value in said if kind == "done"]
+    assert records and said[-1] == ("end", "complete")
+    assert [kind for kind, _ in said[:-1]] == ["begin", "done"] * len(records)
+    again = Said()
+    work(again, PLAN, frozenset((*r.key, r.sources) for r in records))
+    assert again == [("end", "complete")]
+
+
+@built
+def test_the_command_on_the_cpu(capsys, tmp_path, monkeypatch):
+    own = tmp_path / "own.json"
+    monkeypatch.setenv("MISS_EVIDENCE", str(own))
+    out = tmp_path / "trial.json"
+    flags = ["--device", "cpu", "--quick", "--op", "kv_append", "attention_varlen", "--out", str(out)]
+    assert run(["kernels", "validate", *flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["complete"] and result["file"] == str(out) and not result["skipped"]
+    assert {r["op"] for r in result["records"]} == {"kv_append", "attention_varlen", "attention_varlen_backward"}
+    assert all(r["gpu"] == "cpu" and r["correct"] for r in result["records"])
+    assert {r.key for r in evidence.read(out)} == {Record(**r).key for r in result["records"]}
+    assert not own.exists()  # a trial is no evidence
+    assert run(["kernels", "validate", *flags]) == 0
+    assert "0 measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "sees no CUDA device"),
+        (["--device", "cpu", "--op", "kv_apend"], "did you mean kv_append?"),
+    ],
+)
+def test_what_cannot_be_measured_exits_in_one_line(capsys, monkeypatch, flags, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if extension.isa() is None:
+        pytest.skip(str(extension.missing()))
+    assert run(["kernels", "validate", *flags]) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_read_ends_it_at_once(capsys, tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    assert run(["kernels", "validate", "--device", "cpu", "--quick", "--out", str(tmp_path / "bad.json")]) == 1
+    assert "bad.json: not JSON" in capsys.readouterr().err
