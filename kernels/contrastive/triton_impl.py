@@ -28,10 +28,10 @@ from miss.kernels.triton_parts import dot
 
 LAUNCHES: dict[str, tuple[Launch, ...]] = {
     "forward": (Launch({"BM": 32, "BN": 64}, 4, 2), Launch({"BM": 64, "BN": 64}, 8, 2)),
-    "backward": (Launch({"BM": 32, "BN": 32}, 4, 2), Launch({"BM": 64, "BN": 32}, 8, 2)),
+    "backward": (Launch({"BM": 32, "BN": 32}, 4, 2),),
     "forward-float32": (Launch({"BM": 16, "BN": 16}, 4, 1),),
     "backward-float32": (Launch({"BM": 16, "BN": 16}, 4, 1),),
-    "negatives": (Launch({"BM": 16, "BN": 16}, 4, 1),),
+    "negatives": (Launch({"BM": 16, "BN": 16}, 4, 2),),  # one stage spills on sm_90 with Triton 3.7
 }
 PART = 512  # columns of the queue a program takes: a function of nothing else, so that no row sees its batch
 _IDS = ("batch_ids", "queue_ids", "ids")

@@ -276,7 +276,7 @@ def _case(kind: str, launch: Launch, form: str, element: str, width: int, defaul
         }
     divisible = tuple(n for n, v in signature.items() if v.startswith("*") or n == "C" or n.endswith("stride"))
     name = "x".join(map(str, launch.blocks.values()))
-    label = f"{kind}-{name}-{width}-{form}-{element.removeprefix('*')}"
+    label = f"{kind}-{name}-{launch.num_warps}w-{width}-{form}-{element.removeprefix('*')}"
     return Case("layer_norm", label, kernel, signature, constants, launch, default, divisible)
 
 
