@@ -240,8 +240,9 @@ class Engine:
         return Stats.of(self.counters, self.scheduler, self.images, self.runner)
 
     def forget_images(self) -> None:
-        """Empties the image cache: whoever changes the weights calls this."""
+        """Empties the image cache and drops captured graphs: whoever changes the weights calls this."""
         self.images.clear()
+        self.runner.graphs.clear()
 
 
 def _tell(request: Request, listener: Callable[[Request], None]) -> None:

@@ -50,6 +50,8 @@ class Prefill:
         self.fills_up = fill_up and model.config.behaviour != "compat"
         self.num_encoded = 0
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if self._stream is not None:  # after the writing of the weights, the slots and what is given already
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def run(self, requests: Sequence[Request]) -> None:
         """Encodes the requests' images and questions; one that memory does not suffice for fails."""

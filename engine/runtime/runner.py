@@ -13,7 +13,7 @@ from torch import Tensor
 
 from miss.engine.runtime.ahead import Autopilot, Flight, Row
 from miss.engine.runtime.config import EngineConfig
-from miss.engine.runtime.faults import survive
+from miss.engine.runtime.faults import is_out_of_memory, survive
 from miss.engine.runtime.graphs import Graphs
 from miss.engine.runtime.image_cache import ImageCache
 from miss.engine.runtime.prefill import Prefill
@@ -51,8 +51,14 @@ class Runner:
         """Gives the device the next steps of running requests (sorted by question slot), so that a prefill may run
         beside them; what comes of them is `decode`'s. Only where batches are filled up, as on CUDA: elsewhere nothing
         runs beside anything."""
-        if self.slots.spare_answers and (ready := self._independent(requests)):
+        self._under_way = None  # of a step that failed
+        if not self.slots.spare_answers or not (ready := self._independent(requests)):
+            return
+        try:
             self._under_way = ready, self._start(ready)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise  # else `decode` starts them again, and finds the one that is too much
 
     def prefill(self, requests: Sequence[Request]) -> None:
         """Encodes the requests' images (each once) and questions into their question slots; one that memory does not

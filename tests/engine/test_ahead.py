@@ -104,6 +104,38 @@ def test_new_requests_are_prefilled_beside_those_under_way(parts, monkeypatch):
     assert first.answer and second.answer
 
 
+def test_no_memory_for_what_is_under_way_costs_the_one_that_is_too_much(parts, monkeypatch):
+    model, processor, images = parts
+    engine = Engine(model, processor, config=EngineConfig(steps_ahead=2, fill_up=True))
+    requests = [engine.add(images[0], q, SamplingParams(num_alternatives=0, max_new_tokens=6)) for q in QUESTIONS]
+    engine.step()
+    poison = next((r for r in requests if not r.done), None)
+    if poison is None:
+        pytest.skip("these weights end every answer in the first two tokens")
+    start = engine.runner._start
+
+    def full(some):
+        if poison in some:
+            raise MemoryError
+        return start(some)
+
+    monkeypatch.setattr(engine.runner, "_start", full)
+    while engine.busy:
+        engine.step()
+    assert poison.error is not None and poison.error.code == "out_of_memory"
+    assert all(r.answer is not None for r in requests if r is not poison)
+    assert engine.stats.answer_slots == 0
+
+
+def test_forgetting_images_forgets_programs(parts):
+    model, processor, images = parts
+    engine = Engine(model, processor, config=EngineConfig(steps_ahead=4, fill_up=True))
+    engine.answer(images[0], QUESTIONS[0])
+    assert engine.runner.graphs._programs
+    engine.forget_images()
+    assert not engine.runner.graphs._programs
+
+
 def test_cancelled_under_way(parts):
     model, processor, images = parts
     engine = Engine(model, processor, config=EngineConfig(steps_ahead=2, fill_up=True))
