@@ -120,7 +120,7 @@ class Step {
     args.bias = m.bias;
     args.bias_type = m.bias_type;
     const Rows rows = {reinterpret_cast<const char*>(room_.codes), m.k, m.k};
-    const Coded<int32_t, true> coded{{args, y, 0, room_.code_scale}, nullptr};
+    const Coded<int32_t, true> coded{{args, y, 0, room_.code_scale}, nullptr, m.columns};
     chunks(c_.rows, CHUNK, [&](int64_t row, int count) {
       stream_chunk<DotU8S8>(rows.from(row, 0, m.k), row, count, m.panels, m.columns, first, last, next_,
                             coded);
@@ -272,7 +272,7 @@ class Step {
     });
     rows_then([&](int64_t begin, int64_t end) {
       if (!codes) return feed(l.output, room_.inner, begin, end);
-      write_codes(room_.wide + begin * m_.inner, nullptr, end - begin, m_.inner, room_.codes + begin * m_.inner,
+      write_codes(room_.wide + begin * m_.inner, m_.inner, nullptr, end - begin, m_.inner, room_.codes + begin * m_.inner,
                   room_.code_scale + begin);
     });
     add_norm(l.output, l.mlp_norm, room_.inner, next);

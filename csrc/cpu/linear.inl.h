@@ -35,12 +35,13 @@ struct Finish {
     vi offset;
   };
 
-  Column column(int64_t at, int n) const {
+  // Inlined always: as a call it handed its three vectors over in memory, four times a tile.
+  __attribute__((always_inline)) Column column(int64_t at, int n) const {
     Column c = {set1(1.0f), zero(), zeroi()};
     if (args.bias != nullptr)
       c.bias = args.bias_type == Type::f32 ? part(reinterpret_cast<const float*>(args.bias) + at, n)
                                            : part(reinterpret_cast<const bf16*>(args.bias) + at, n);
-    if (args.column_scale != nullptr) {
+    if (Sum{1} / 2 == 0) {  // whole numbers: of int8
       c.scale = part(args.column_scale + at, n);
       c.offset = part(args.offset + at, n);
     }
@@ -54,16 +55,33 @@ struct Finish {
     return add(mul(mul(to_float(subi(load(sums), c.offset)), set1(*row_scale)), c.scale), c.bias);
   }
 
-  // `num_rows` rows of `n` columns. Pointers are to the first row.
-  template <bool GELU, bool KEEP, bool ADD>
-  static void strip(const Sum* sums, int64_t stride, int num_rows, int n, const Column& c, const float* scale, Out* to,
-                    int64_t to_stride, Out* pre, const Out* residual, int64_t columns, int64_t residual_stride) {
-    for (int r = 0; r < num_rows; ++r) {
-      vf v = number(sums + r * stride, c, scale + r);
-      if (KEEP) put(pre + r * columns, v, n);
-      if (GELU) v = gelu(v);
-      if (ADD) v = add(v, part(residual + r * residual_stride, n));
-      put(to + r * to_stride, v, n);
+  // What a tile reads and writes besides its sums; pointers are to its first number.
+  struct Tile {
+    const float* scale;  // of its first row
+    Out* to;
+    Out* pre;
+    const Out* residual;
+    int64_t to_stride, columns, residual_stride;
+  };
+
+  // A tile of `num_rows` x `num_columns`; WHOLE: of ROWS x PANEL, known when compiled. Not inlined: inside of the
+  // product's loops the compiler found no registers for it (5 % of a product over k = 768).
+  template <bool GELU, bool KEEP, bool ADD, bool WHOLE>
+  __attribute__((noinline)) void tile(const Sum* sums, int64_t stride, int num_rows, int64_t column, int num_columns,
+                                      const Tile& given) const {
+    Tile t = given;
+    if (WHOLE) num_rows = ROWS, num_columns = PANEL, stride = t.to_stride = PANEL;
+    for (int c = 0; c < num_columns; c += LANES) {
+      const int n = WHOLE || num_columns - c >= LANES ? LANES : num_columns - c;
+      const Column own = this->column(column + c, n);
+#pragma GCC unroll 6
+      for (int r = 0; r < num_rows; ++r) {
+        vf v = number(sums + r * stride + c, own, t.scale + r);
+        if (KEEP) put(t.pre + r * t.columns + c, v, n);
+        if (GELU) v = gelu(v);
+        if (ADD) v = add(v, part(t.residual + r * t.residual_stride + c, n));
+        put(t.to + r * t.to_stride + c, v, n);
+      }
     }
   }
 
@@ -73,11 +91,26 @@ struct Finish {
       for (size_t at = 0; at < num_columns * sizeof(Out); at += 64) __builtin_prefetch(to + at, 1, 3);
   }
 
+  // A whole tile is finished where it is small, then copied by lines: bf16 vectors are half lines, and stored one by one
+  // between the arithmetic they took 3 % of a product over k = 768.
   void operator()(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride) const {
-    write(row, num_rows, column, num_columns, sums, stride, y + (row - base) * args.columns + column, args.columns);
+    Out* to = y + (row - base) * args.columns + column;
+    if (num_rows < ROWS || num_columns < PANEL)
+      return write<false>(row, num_rows, column, num_columns, sums, stride, to, args.columns);
+    alignas(64) Out tile[ROWS * PANEL];
+    write<true>(row, ROWS, column, PANEL, sums, stride, tile, PANEL);
+    for (int r = 0; r < ROWS; ++r, to += args.columns) copy_row(tile + r * PANEL, to);
   }
 
-  // The tile to `to`, its rows `to_stride` apart.
+  static void copy_row(const Out* from, Out* to) {
+    constexpr int WORDS = PANEL * static_cast<int>(sizeof(Out)) / 4;
+#pragma GCC unroll 8
+    for (int i = 0; i < WORDS; i += LANES)
+      store(reinterpret_cast<int32_t*>(to) + i, load(reinterpret_cast<const int32_t*>(from) + i));
+  }
+
+  // The tile to `to`, its rows `to_stride` apart. WHOLE: of ROWS rows and PANEL columns.
+  template <bool WHOLE>
   void write(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride, Out* to,
              int64_t to_stride) const {
     Out* pre = args.pre == nullptr ? nullptr : reinterpret_cast<Out*>(args.pre) + row * args.columns + column;
@@ -85,25 +118,17 @@ struct Finish {
                               ? nullptr
                               : reinterpret_cast<const Out*>(args.residual) + row * args.residual_stride + column;
     const float* scale = row_scale == nullptr ? nullptr : row_scale + (row - base);
-    int64_t columns = args.columns, residual_stride = args.residual_stride;
-    int form = (args.gelu ? 1 : 0) + (pre != nullptr ? 2 : 0) + (residual != nullptr ? 4 : 0);
-    for (int c = 0; c < num_columns; c += LANES) {
-      int n = num_columns - c < LANES ? num_columns - c : LANES;
-      Column own = this->column(column + c, n);
-      auto run = [&](auto strip_of) {
-        strip_of(sums + c, stride, num_rows, n, own, scale, to + c, to_stride, pre + c, residual + c, columns,
-                 residual_stride);
-      };
-      switch (form) {
-        case 0: run(strip<false, false, false>); break;
-        case 1: run(strip<true, false, false>); break;
-        case 2: run(strip<false, true, false>); break;
-        case 3: run(strip<true, true, false>); break;
-        case 4: run(strip<false, false, true>); break;
-        case 5: run(strip<true, false, true>); break;
-        case 6: run(strip<false, true, true>); break;
-        default: run(strip<true, true, true>); break;
-      }
+    const Tile t = {scale, to, pre, residual, to_stride, args.columns, args.residual_stride};
+    auto run = [&](auto form) { (this->*form)(sums, stride, num_rows, column, num_columns, t); };
+    switch ((args.gelu ? 1 : 0) + (pre != nullptr ? 2 : 0) + (residual != nullptr ? 4 : 0)) {
+      case 0: run(&Finish::tile<false, false, false, WHOLE>); break;
+      case 1: run(&Finish::tile<true, false, false, WHOLE>); break;
+      case 2: run(&Finish::tile<false, true, false, WHOLE>); break;
+      case 3: run(&Finish::tile<true, true, false, WHOLE>); break;
+      case 4: run(&Finish::tile<false, false, true, WHOLE>); break;
+      case 5: run(&Finish::tile<true, false, true, WHOLE>); break;
+      case 6: run(&Finish::tile<false, true, true, WHOLE>); break;
+      default: run(&Finish::tile<true, true, true, WHOLE>); break;
     }
   }
 };
@@ -134,7 +159,9 @@ struct Spread {
 
   void operator()(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride) const {
     alignas(64) Out tile[ROWS * PANEL];
-    finish.write(row, num_rows, column, num_columns, sums, stride, tile, PANEL);
+    if (num_rows == ROWS && num_columns == PANEL)
+      finish.template write<true>(row, ROWS, column, PANEL, sums, stride, tile, PANEL);
+    else finish.template write<false>(row, num_rows, column, num_columns, sums, stride, tile, PANEL);
     const size_t bytes = static_cast<size_t>(finish.args.piece) * sizeof(Out);
     pieces(row, num_rows, column, num_columns, [&](Out* to, int r, int c) { memcpy(to, tile + r * PANEL + c, bytes); });
   }
@@ -144,29 +171,38 @@ struct Spread {
 template <class Sum, bool GELU>
 struct Coded {
   Finish<Sum, float> finish;
-  int32_t* most;  // LANES a row, of the row `base` first, as in Largest; nullptr: not wanted
+  int32_t* most;    // LANES a row, of the row `base` first, as in Largest; nullptr: not wanted
+  int64_t y_stride;  // of finish.y, in numbers
 
-  void prefetch(int64_t row, int num_rows, int64_t column, int num_columns) const {
-    finish.prefetch(row, num_rows, column, num_columns);
-  }
+  void prefetch(int64_t, int, int64_t, int) const {}  // finish.y is this thread's own, in L2
 
   void operator()(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums, int64_t stride) const {
-    const int64_t columns = finish.args.columns, first = row - finish.base;
-    float* y = finish.y + first * columns + column;
+    if (num_rows == ROWS && num_columns == PANEL) tile<true>(row, ROWS, column, PANEL, sums, PANEL);
+    else tile<false>(row, num_rows, column, num_columns, sums, stride);
+  }
+
+  template <bool WHOLE>
+  __attribute__((noinline)) void tile(int64_t row, int num_rows, int64_t column, int num_columns, const Sum* sums,
+                                      int64_t stride) const {
+    if (WHOLE) num_rows = ROWS, num_columns = PANEL, stride = PANEL;
+    const int64_t first = row - finish.base, to_stride = y_stride;
+    float* y = finish.y + first * to_stride + column;
     const float* scale = finish.row_scale + first;
     vi largest[ROWS];
     for (int r = 0; r < ROWS; ++r) largest[r] = zeroi();
     for (int c = 0; c < num_columns; c += LANES) {
-      const int n = num_columns - c < LANES ? num_columns - c : LANES;
+      const int n = WHOLE || num_columns - c >= LANES ? LANES : num_columns - c;
       const auto own = finish.column(column + c, n);
+#pragma GCC unroll 6
       for (int r = 0; r < num_rows; ++r) {
         vf v = Finish<Sum, float>::number(sums + r * stride + c, own, scale + r);
         if (GELU) v = gelu_for_codes(v);
-        put(y + r * columns + c, v, n);
-        largest[r] = maxi(largest[r], as_ints(abs(n == LANES ? v : load_n(y + r * columns + c, n))));
+        put(y + r * to_stride + c, v, n);
+        largest[r] = maxi(largest[r], as_ints(abs(WHOLE || n == LANES ? v : load_n(y + r * to_stride + c, n))));
       }
     }
     if (most == nullptr) return;
+#pragma GCC unroll 6
     for (int r = 0; r < num_rows; ++r) {
       int32_t* to = most + (first + r) * LANES;
       store(to, column == 0 ? largest[r] : maxi(load(to), largest[r]));
@@ -175,13 +211,13 @@ struct Coded {
 };
 
 // Rows of numbers (count, columns) as codes, `most` as Coded leaves it, or nullptr.
-void write_codes(const float* y, const int32_t* most, int64_t count, int64_t columns, uint8_t* codes,
-                        float* scale) {
+void write_codes(const float* y, int64_t y_stride, const int32_t* most, int64_t count, int64_t columns, uint8_t* codes,
+                 float* scale) {
   for (int64_t r = 0; r < count; ++r) {
     Largest largest;
     if (most != nullptr) largest.most[0] = load(most + r * LANES);
-    else spans(columns, [&](int64_t i, auto span) { largest.see(get(y + r * columns + i, span), span); });
-    scale[r] = to_codes<true>(y + r * columns, columns, largest.value(), codes + r * columns);
+    else spans(columns, [&](int64_t i, auto span) { largest.see(get(y + r * y_stride + i, span), span); });
+    scale[r] = to_codes<true>(y + r * y_stride, columns, largest.value(), codes + r * columns);
   }
 }
 
@@ -252,6 +288,8 @@ void by_panels(const LinearArgs& args, const Source& source) {
   else multiply<Dot>(a, args.rows, args.panels, args.columns, Spread<typename Dot::Sum, Out>{finish});
 }
 
+constexpr int64_t PADDING = 5 * LANES;  // numbers between rows, an odd number of lines
+
 // Codes for the next product: of int8 products, without a residual. A row's are the same either way.
 template <bool GELU>
 void to_codes_of(const LinearArgs& args, const Source& source) {
@@ -260,20 +298,22 @@ void to_codes_of(const LinearArgs& args, const Source& source) {
     for_chunks(args.rows, [&](int64_t row, int count) {
       const float* row_scale;
       const Rows a = source.rows(row, count, &row_scale);
-      float* y = scratch_of<float>(2, count * columns);
+      // Rows of 3,072 numbers would all lie in the same sets of L1.
+      const int64_t stride = blocks(columns, LANES) * LANES + PADDING;
+      float* y = scratch_of<float>(2, count * stride);
       alignas(64) int32_t most[MOST_ROWS * LANES] = {};
-      const Coded<int32_t, GELU> coded{{args, y, row, row_scale}, most};
+      const Coded<int32_t, GELU> coded{{args, y, row, row_scale}, most, stride};
       multiply_chunk<DotU8S8>(a, row, count, args.panels, columns, 0, blocks(columns, PANEL), coded);
-      write_codes(y, most, count, columns, args.codes + row * columns, args.codes_scale + row);
+      write_codes(y, stride, most, count, columns, args.codes + row * columns, args.codes_scale + row);
     });
     return;
   }
   float* y = scratch_of<float>(2, args.rows * columns);
   const float* row_scale;
   const Rows a = source.rows(0, static_cast<int>(args.rows), &row_scale);
-  multiply<DotU8S8>(a, args.rows, args.panels, columns, Coded<int32_t, GELU>{{args, y, 0, row_scale}, nullptr});
+  multiply<DotU8S8>(a, args.rows, args.panels, columns, Coded<int32_t, GELU>{{args, y, 0, row_scale}, nullptr, columns});
   parallel(args.rows, 8, [&](int64_t begin, int64_t end) {
-    write_codes(y + begin * columns, nullptr, end - begin, columns, args.codes + begin * columns,
+    write_codes(y + begin * columns, columns, nullptr, end - begin, columns, args.codes + begin * columns,
                 args.codes_scale + begin);
   });
 }
