@@ -11,7 +11,8 @@ lse. Of equal values the lower index comes first. With a packed int8 weight that
 
 The `cpu` and `triton` rows compute z in float32, keep none of it, and give bitwise the same whatever shares the batch
 (`cpu`: and for any number of threads); a row with NaN among its z has lse NaN, values NaN and indices 0 … k - 1
-(PyTorch's rows: NaN counts as the largest). `cpu` wants the weight in panels, made once for every call: `linear.prepare`, `quant_linear.prepare`.
+(PyTorch's rows: NaN counts as the largest). `cpu` wants the weight in panels, made once for every call:
+`linear.prepare`, `quant_linear.prepare`.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """The head in Triton: a product whose epilogue keeps of each tile of logits the best k words and two numbers a row.
 
-`_tiles`, a program a tile (BN words, BM rows):  z^T = W X^T + b; of the tile the maximum, sum(exp(z - max)) and, k times,
-the largest value that comes after the one before it, its lowest word first: values fall and words rise, so that nothing
-need be marked as taken. `_merge`, a program a row, takes k times the best of the tiles' next ones and adds the sums.
+`_tiles`, a program a tile (BN words, BM rows):  z^T = W X^T + b; of the tile the maximum, sum(exp(z - max)) and, k
+times, the largest value that comes after the one before it, the lowest word first: values fall and words rise, so that
+nothing need be marked as taken. `_merge`, a program a row, takes k times the best of all tiles and adds sums.
 Logits are never written. W is the first operand: its words fill the tensor cores' 64 rows where x has one.
 
 FLOPs 2 M V C. Bytes: W once from memory (the programs of one tile of words run side by side, so that its other readers
