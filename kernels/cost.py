@@ -62,6 +62,12 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor, *_:
     return 4.0 * float(lengths.sum()) * q.shape[1] * q.shape[2]
 
 
+def _decode_append(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, *_: Any
+) -> float:
+    return _decode(q, k_cache, v_cache, slots, positions + 1)
+
+
 def _patch(weight: Tensor, bias: Tensor, pixels: Tensor, *_: Any) -> float:
     patches = pixels.shape[0] * (pixels.shape[1] // weight.shape[-2]) * (pixels.shape[2] // weight.shape[-1])
     return 2.0 * patches * weight.numel()
@@ -125,6 +131,7 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "attention_varlen": _varlen,
     "cross_attention": _cross,
     "decode_attention": _decode,
+    "decode_attention_append": _decode_append,
     "linear": _linear,
     "linear_into": _linear,
     "gelu_mlp": _linear,
@@ -190,6 +197,9 @@ def _traffic(op: str, args: tuple[Any, ...], writes: float) -> tuple[float, floa
         q, k, _, slots, lengths = args[:5]
         deepest = torch.zeros(len(k), dtype=lengths.dtype).scatter_reduce_(0, slots.cpu().long(), lengths.cpu(), "amax")
         return q.nbytes + 2.0 * float(deepest.sum()) * k.shape[2] * k.shape[3] * k.element_size(), writes
+    if op == "decode_attention_append":
+        q, new_k, _, k, v, slots, positions = args[:7]
+        return _traffic("decode_attention", (q, k, v, slots, positions + 1), writes + 2.0 * new_k.nbytes)
     if op == "cross_attention":
         q, k, v, index = args[:4]
         return q.nbytes + float(len(index.unique())) * (k[0].nbytes + v[0].nbytes) if len(k) else 0.0, writes

@@ -126,7 +126,7 @@ class AnswerDecoder(nn.Module):
 
         Args:
             tokens: int64 (R,), written to the cache.
-            slots: int32 (R,), the row's answer slot; one slot's rows stand at successive positions.
+            slots: int32 (R,), the row's answer slot; one slot's rows stand one behind another, at successive positions.
             positions: int32 (R,), the token's position: 0 for [DEC].
             question_index: int32 (R,), the row's question slot, non-decreasing: beams of a question stand together.
         """

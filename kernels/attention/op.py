@@ -11,7 +11,9 @@ Visible to a query t: keys n < lengths[b] where lengths are given, for every que
 `causal`, of those n <= t + (N - T): the last query sees all. A query that sees nothing gives zeros, lse -inf, and takes
 and gives no gradient. What stands in invisible keys and values must be finite: it is multiplied by zero (the `cpu` row
 never reads those past a length). A NaN among a query's visible scores, an infinite one, or none above -inf makes that
-query's output NaN in its head, as torch.softmax does; a score of -inf beside others has weight 0.
+query's output NaN in its head, as torch.softmax does; a score of -inf beside others has weight 0. (PyTorch's and other
+libraries' rows do as their kernels do where no visible score is above -inf: SDPA on CPU gives zeros in float32, and in
+bfloat16 a mean of the values.)
 Packed: q, k, v (total, H, D), sequence i is rows offsets[i] .. offsets[i+1]; lse (total, H).
 The mask of dropout is `miss.kernels.dropout`'s over (B, H, T, N); packed, over (total, H, max_length).
 

@@ -51,9 +51,10 @@ def _scores(q: Tensor, k: Tensor, visible: Tensor | None, scale: float) -> Tenso
     return scores if visible is None else scores.masked_fill(~visible, float("-inf"))
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse); zeros in a row that sees nothing, whose lse is -inf."""
-    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+def _probabilities(scores: Tensor, lse: Tensor, visible: Tensor | None) -> Tensor:
+    """exp(scores - lse); zeros in a row that sees nothing, NaN in one whose visible scores are all -inf."""
+    p = torch.exp(scores - lse[..., None])
+    return p if visible is None else p.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
 def attend(
@@ -62,7 +63,7 @@ def attend(
     """(out (B, T, H, D) in q's dtype, lse (B, H, T)); `keep` is dropout's factor on the probabilities (B, H, T, N)."""
     scores = _scores(q, k, visible, scale)
     lse = torch.logsumexp(scores, -1)
-    p = _probabilities(scores, lse)
+    p = _probabilities(scores, lse, visible)
     p = p if keep is None else p * keep
     return torch.einsum("bhtn,bnhd->bthd", p, v.to(p.dtype)).to(q.dtype), lse
 
@@ -78,7 +79,7 @@ def attend_backward(
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the accumulator's dtype."""
-    p = _probabilities(_scores(q, k, visible, scale), lse)
+    p = _probabilities(_scores(q, k, visible, scale), lse, visible)
     dout = dout.to(p.dtype)
     dp = torch.einsum("bthd,bnhd->bhtn", dout, v.to(p.dtype))
     dropped = p if keep is None else p * keep
@@ -148,7 +149,7 @@ def attention_probabilities(
     where nothing is visible). For explanations: it keeps the whole matrix."""
     visible = visible_keys(lengths, causal, q.shape[1], k.shape[1], q.device)
     scores = _scores(q, k, visible, q.shape[-1] ** -0.5 if scale is None else scale)
-    return _probabilities(scores, torch.logsumexp(scores, -1))
+    return _probabilities(scores, torch.logsumexp(scores, -1), visible)
 
 
 def _sequences(offsets: Tensor) -> list[slice]:

@@ -136,6 +136,25 @@ def _triton_tokens_fits(
     return None if scale > 0 else f"scale must be above 0, got {scale}"
 
 
+def _triton_tokens_backward_fits(
+    dout: Tensor,
+    q: Tensor,
+    x: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    image_index: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    *_: Any,
+) -> str | None:
+    if dout.dtype != q.dtype:
+        return f"takes one dtype for all, got {dout.dtype} and {q.dtype}"
+    return _triton_tokens_fits(q, x, w_k, w_v, b_v, image_index, lengths, scale)
+
+
 FORWARD = Op(
     "cross_attention",
     _cpu("kv_forward", _forward_fits),
@@ -159,6 +178,7 @@ TOKENS_FORWARD = Op(
 )
 TOKENS_BACKWARD = Op(
     "cross_attention_tokens_backward",
+    triton("cross_attention.triton_tokens_backward_impl", "tokens_backward", _triton_tokens_backward_fits),
     Impl("torch", torch_impl.tokens_backward, dtypes=ALL_FLOATS),
     Impl("reference", reference.tokens_backward, dtypes=ALL_FLOATS),
 )

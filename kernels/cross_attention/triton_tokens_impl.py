@@ -10,20 +10,21 @@ scores, 4 T H N bytes a row, are written once and read C / BC times, from L2 (0.
 12 heads). The two products with weights are the library's GEMMs.
 
 FLOPs 4 R T H N C, and 4 R T H C D with the weights; keys and values made first take 4 I N H D C and 4 R T N H D. Blocks
-follow from N, C and T H alone: bits do not depend on what shares the batch, the library's GEMMs aside. The gradient is
-the `torch` row's. Knows tiles; does not know what a source shows.
+follow from N, C and T H alone: bits do not depend on what shares the batch, the library's GEMMs aside. Knows tiles;
+does not know what a source shows, or gradients (`triton_tokens_backward_impl`).
 
 Shapes: R rows, T queries, I images, N keys, H heads, D head width, C token width; a line is a (row, head, query).
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from miss.kernels.cross_attention.triton_impl import LOG2E, on_device, plan
+from miss.kernels.cross_attention.triton_impl import LOG2E, Plan, on_device, plan
 from miss.kernels.launches import Case, Launch, choose
 from miss.kernels.triton_parts import dot, keep_mask
 
@@ -126,10 +127,78 @@ def _mix(
         tl.store(sums + line, total / (1.0 - dropout_p), mask=live)
 
 
-def _launch(q: Tensor) -> Launch:
+class Absorbed(NamedTuple):
+    """What the two kernels make and read. A line is a (row, head, query); kernels' arguments in their order."""
+
+    a: Tensor  # (H, R, T, C), the queries over tokens
+    mixed: Tensor  # (H, R, T, C), M P x
+    sums: Tensor  # float32 (R, H, T), sum M P
+    lse: Tensor  # float32 (R, H, T)
+    scores: Tensor  # float32 (lines, pitch), in base 2
+    plan: Plan
+    valid: Tensor  # lengths, or anything where there are none
+    seed: Tensor  # on the device, or anything without dropout
+    sizes: tuple[int, ...]  # lines, T, H, N, pitch, C
+
+
+def launch_for(op: str, tables: dict[str, tuple[Launch, ...]], q: Tensor) -> Launch:
     """By the dtype and the lines of a row: nothing that other rows decide."""
     kind = "float32" if q.dtype == torch.float32 else "few" if q.shape[1] * q.shape[2] <= FEW else "many"
-    return choose("cross_attention_tokens", kind, {k: v[0] for k, v in LAUNCHES.items()}, q.device)
+    return choose(op, kind, {k: v[0] for k, v in tables.items()}, q.device)
+
+
+def options_of(launch: Launch) -> dict[str, int]:
+    return {**launch.blocks, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
+
+
+def by_head(rows: Tensor, weight: Tensor) -> Tensor:
+    """(R, T, H, D) times each head's of (H * D, C) -> (H, R, T, C)."""
+    heads, width = rows.shape[2:]
+    made = torch.matmul(rows.flatten(0, 1).transpose(0, 1), weight.unflatten(0, (heads, width)))
+    return made.unflatten(1, rows.shape[:2])
+
+
+def steps_of(by_head: Tensor) -> tuple[int, int, int]:
+    """The strides (row, query, head) of (H, R, T, C)."""
+    return by_head.stride(1), by_head.stride(2), by_head.stride(0)
+
+
+def absorb(
+    q: Tensor,
+    x: Tensor,
+    w_k: Tensor,
+    image_index: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Absorbed:
+    """For at least one query and token."""
+    rows, queries, heads, _ = q.shape
+    images, keys, channels = x.shape
+    lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
+    a = by_head(q, w_k)
+    mixed = torch.empty_like(a)
+    launch = launch_for("cross_attention_tokens", LAUNCHES, q)
+    made = plan(image_index, images, queries * heads, launch.blocks["BM"])
+    pitch = triton.cdiv(keys, 16) * 16  # rows of scores that begin on 16 bytes
+    key_tiles, sizes = triton.cdiv(keys, launch.blocks["BN"]), (lse.numel(), queries, heads, keys, pitch, channels)
+    scores = torch.empty(lse.numel(), pitch, dtype=torch.float32, device=q.device)
+    stats = torch.empty(key_tiles, 2, lse.numel(), dtype=torch.float32, device=q.device)
+    sums = torch.empty_like(lse)
+    valid = image_index if lengths is None else lengths.contiguous()
+    number = on_device(seed if dropout_p else None, image_index)
+    options = options_of(launch)
+    _scores[(made.bound, key_tiles)](
+        *(a, x, scores, stats, made.first_rows, made.tiles, valid, scale * LOG2E.value, *sizes),
+        *(*steps_of(a), *x.stride()[:2]), HAS_LENGTHS=lengths is not None, **options,
+    )  # fmt: skip
+    _mix[(made.bound, triton.cdiv(channels, launch.blocks["BC"]))](
+        *(scores, stats, x, mixed, sums, lse, made.first_rows, made.tiles, valid),
+        *(number, dropout_p, *sizes, key_tiles, *steps_of(mixed)),
+        *x.stride()[:2], HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0, **options,
+    )  # fmt: skip
+    return Absorbed(a, mixed, sums, lse, scores, made, valid, number, sizes)
 
 
 def tokens_forward(
@@ -145,39 +214,17 @@ def tokens_forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rows, queries, heads, width = q.shape
-    images, keys, channels = x.shape
-    lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
     if not q.numel() or not x.numel():
+        lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
         return q.new_zeros(q.shape), lse.fill_(float("-inf"))
-    by_head = q.flatten(0, 1).transpose(0, 1)  # (H, R T, D)
-    a = torch.matmul(by_head, w_k.unflatten(0, (heads, width))).unflatten(1, (rows, queries))
-    mixed = torch.empty_like(a)  # (H, R, T, C)
-    mixed_strides = (mixed.stride(1), mixed.stride(2), mixed.stride(0))
-    launch = _launch(q)
-    made = plan(image_index, images, queries * heads, launch.blocks["BM"])
-    pitch = triton.cdiv(keys, 16) * 16  # rows of scores that begin on 16 bytes
-    key_tiles, sizes = triton.cdiv(keys, launch.blocks["BN"]), (lse.numel(), queries, heads, keys, pitch, channels)
-    scores = torch.empty(lse.numel(), pitch, dtype=torch.float32, device=q.device)
-    stats = torch.empty(key_tiles, 2, lse.numel(), dtype=torch.float32, device=q.device)
-    sums = torch.empty_like(lse)
-    valid = image_index if lengths is None else lengths.contiguous()
-    options = {**launch.blocks, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    _scores[(made.bound, key_tiles)](
-        *(a, x, scores, stats, made.first_rows, made.tiles, valid, scale * LOG2E.value, *sizes),
-        *(a.stride(1), a.stride(2), a.stride(0), *x.stride()[:2]), HAS_LENGTHS=lengths is not None, **options,
-    )  # fmt: skip
-    _mix[(made.bound, triton.cdiv(channels, launch.blocks["BC"]))](
-        *(scores, stats, x, mixed, sums, lse, made.first_rows, made.tiles, valid),
-        *(on_device(seed if dropout_p else None, image_index), dropout_p, *sizes, key_tiles, *mixed_strides),
-        *x.stride()[:2], HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0, **options,
-    )  # fmt: skip
+    made = absorb(q, x, w_k, image_index, lengths, scale, dropout_p, seed)
     weight = w_v.unflatten(0, (heads, width)).transpose(1, 2)
     if b_v is None:
-        out = torch.matmul(mixed.flatten(1, 2), weight)
+        out = torch.matmul(made.mixed.flatten(1, 2), weight)
     else:
-        added = sums.transpose(0, 1).flatten(1)[..., None] * b_v.view(heads, 1, width)
-        out = torch.baddbmm(added.to(q.dtype), mixed.flatten(1, 2), weight)
-    return out.transpose(0, 1).unflatten(0, (rows, queries)), lse
+        added = made.sums.transpose(0, 1).flatten(1)[..., None] * b_v.view(heads, 1, width)
+        out = torch.baddbmm(added.to(q.dtype), made.mixed.flatten(1, 2), weight)
+    return out.transpose(0, 1).unflatten(0, (rows, queries)), made.lse
 
 
 def cases() -> Iterator[Case]:

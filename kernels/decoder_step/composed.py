@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from miss.kernels.cross_attention import KV, cross_attention
-from miss.kernels.decode_attention import decode_attention
+from miss.kernels.decode_attention import decode_attention_append
 from miss.kernels.decoder_step.weights import Cache, Decoder, Layer, Matrix, Norm
 from miss.kernels.gelu_mlp import gelu_mlp
-from miss.kernels.kv_cache import kv_append
 from miss.kernels.layer_norm import add_layer_norm, layer_norm
 from miss.kernels.linear import linear
 from miss.kernels.linear_top_k import linear_top_k
@@ -58,8 +57,7 @@ def _layer(
     x: Tensor, layer: Layer, cache: Cache, i: int, heads: int, slots: Tensor, positions: Tensor, questions: Tensor
 ) -> Tensor:
     q, k, v = _dense(x, layer.qkv).unflatten(-1, (3, heads, -1)).unbind(-3)
-    kv_append(cache.self_k[i], cache.self_v[i], k, v, slots, positions)
-    attended = decode_attention(q, cache.self_k[i], cache.self_v[i], slots, positions + 1)
+    attended = decode_attention_append(q, k, v, cache.self_k[i], cache.self_v[i], slots, positions)
     x = _add_norm(_dense(attended.flatten(-2), layer.self_output), x, layer.self_norm)
     q = _dense(x, layer.query).unflatten(-1, (heads, -1))[:, None]
     read = cross_attention(q, KV(cache.cross_k[i], cache.cross_v[i]), questions, cache.question_lengths)[:, 0]

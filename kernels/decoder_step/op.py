@@ -7,15 +7,16 @@ Knows the contract and who computes it; does not know who owns a slot, or how a 
               x = norm(x + W_c attention(W_q x over the question's states)); x = norm(x + W_2 gelu(W_1 x))
     states = norm(gelu(W_t x));   z = states W_v^T + b;   the `num_best` largest z, and log(sum(exp(z)))
 
-tokens int64 (R,); slots, positions, questions int32 (R,); caches as `weights.Cache`. Rows of one slot may come at
-successive positions in one call: all of the call's K and V are appended before any row attends to the positions up to
-its own. (slot, position) pairs are distinct; indices are in range (the `cpu` row raises IndexError where one is not).
-Results: states (R, C) in the weights' dtype; values float32 (R, k) descending, ids int64 (R, k) and total float32 (R,)
-(float64 in float64), as `linear_top_k`'s.
+tokens int64 (R,); slots, positions, questions int32 (R,); caches as `weights.Cache`. Rows of one slot may come in one
+call, one behind another at successive positions: each row attends to the positions up to its own, those of the call's
+other rows included. (slot, position) pairs are distinct; indices are in range (the `cpu` row raises IndexError where
+one is not). Results: states (R, C) in the weights' dtype; values float32 (R, k) descending, ids int64 (R, k) and total
+float32 (R,) (float64 in float64), as `linear_top_k`'s.
 
 The `cpu` row is one call of csrc/ (`decoder_step.inl.h`) on PyTorch's threads without an allocation but its results; it
 wants what `prepare` returned. Its results are bitwise the same for any number of threads and whatever shares the call.
-`composed` is the same sequence of single operations, each of which chooses its own row. No gradient.
+`composed` is the same sequence of single operations, each of which chooses its own row. On a GPU it is the step,
+captured as a graph: no kernel of ours holds all layers, and docs/gpu/decoder_step.md says why. No gradient.
 """
 
 import torch

@@ -54,6 +54,11 @@ def _triton_limits(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tenso
         return f"takes a float32, float16 or bfloat16 bias, got {bias.dtype}"
     if not x.shape[-1]:
         return "needs at least one column"
+    return steps_limits(x, out)
+
+
+def steps_limits(x: Tensor, out: Tensor) -> str | None:
+    """Why a Triton kernel that stores tiles at `dense_dims` cannot write to `out`; None where it can."""
     leading = x.dim() - 1
     rows, places = dense_dims(out, 0, leading, 2), dense_dims(out, leading, out.dim(), 3)
     if len(rows) > 2 or len(places) > 3:

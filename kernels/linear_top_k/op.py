@@ -9,9 +9,10 @@ float32 (R, k), indices int64 (R, k), lse float32 (R,): float64 in float64. The 
 lse. Of equal values the lower index comes first. With a packed int8 weight that asks for int8 activations (W8A8), z is
 `quant_linear`'s. For inference: there is no gradient.
 
-The `cpu` rows compute z in float32, keep none of it, and give bitwise the same for any number of threads and whatever
-shares the batch; a row with NaN among its z has lse NaN, values NaN and indices 0 … k - 1 (PyTorch's rows: NaN counts
-as the largest). They want the weight in panels, made once for every call: `linear.prepare`, `quant_linear.prepare`.
+The `cpu` and `triton` rows compute z in float32, keep none of it, and give bitwise the same whatever shares the batch
+(`cpu`: and for any number of threads); a row with NaN among its z has lse NaN, values NaN and indices 0 … k - 1
+(PyTorch's rows: NaN counts as the largest). `cpu` wants the weight in panels, made once for every call:
+`linear.prepare`, `quant_linear.prepare`.
 """
 
 from typing import Any
@@ -23,11 +24,13 @@ from miss.kernels import extension
 from miss.kernels.linear.op import of_dtype
 from miss.kernels.linear_top_k import reference, torch_impl
 from miss.kernels.quant_linear import PackedWeight
+from miss.kernels.quant_linear import limits as quant_limits
 from miss.kernels.quant_linear.torch_impl import dynamic_limits
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to, lazy
+from miss.kernels.registry import ALL_FLOATS, FLOATS, Impl, Op, accumulator, autocast_to, lazy, triton
 
 CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
-MOST_K = 16  # csrc/cpu/top_k.h
+MOST_K = 16  # csrc/cpu/top_k.h; in Triton each is a pass over a tile in registers
+MOST_WORDS = 2**20  # of which a Triton program holds one number for 64
 # Packing (30524, 768) takes 22 ms in bfloat16, most of it for new pages of memory: 64 rows then take 32 ms beside the
 # torch row's 20, 200 rows 55 beside 83; in float32 64 and 53, 112 and 134.
 ROWS_WORTH_PACKING = 128
@@ -53,6 +56,28 @@ def _quant_limits(
     return _limits(hidden, hidden, bias, k, panels)
 
 
+def _triton_limits(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_: object) -> str | None:
+    if weight.dtype != hidden.dtype:
+        return f"takes hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}"
+    return _head_limits(hidden, len(weight), bias, k)
+
+
+def _triton_quant_limits(
+    hidden: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, k: int, *_: object
+) -> str | None:
+    return quant_limits.dynamic(hidden, data, scale, bias, None, None) or _head_limits(hidden, len(data), bias, k)
+
+
+def _head_limits(hidden: Tensor, num_words: int, bias: Tensor | None, k: int) -> str | None:
+    if k > MOST_K:
+        return f"takes k up to {MOST_K}, got {k}"
+    if num_words > MOST_WORDS:
+        return f"takes up to {MOST_WORDS:,} words, got {num_words:,}"
+    if bias is not None and bias.dtype not in FLOATS:
+        return f"takes a bias of float32, float16 or bfloat16, got {bias.dtype}"
+    return None if hidden.shape[1] else "needs at least one column"
+
+
 def _cpu(function: str, limits: Any) -> Impl:
     run = lazy("linear_top_k.cpu_impl", function)
     return Impl("cpu", run, device="cpu", dtypes=CPU_DTYPES, needs=extension.missing, limits=limits)
@@ -61,12 +86,14 @@ def _cpu(function: str, limits: Any) -> Impl:
 FORWARD = Op(
     "linear_top_k",
     _cpu("forward", _limits),
+    triton("linear_top_k.triton_impl", "forward", _triton_limits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )
 QUANT = Op(
     "linear_top_k_w8a8",
     _cpu("quant", _quant_limits),
+    triton("linear_top_k.triton_impl", "quant", _triton_quant_limits),
     Impl("torch", torch_impl.quant, dtypes=ALL_FLOATS, limits=dynamic_limits),
     Impl("reference", reference.quant, dtypes=ALL_FLOATS),
 )

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from miss.kernels import extension
-from miss.kernels.linear.into import check_out, places_limits
-from miss.kernels.quant_linear import reference, torch_impl
+from miss.kernels.linear.into import check_out, places_limits, steps_limits
+from miss.kernels.quant_linear import limits, reference, torch_impl
 from miss.kernels.quant_linear.op import CPU_DTYPES
 from miss.kernels.quant_linear.packing import PackedWeight
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, lazy
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, lazy, triton
 
 
 def _limits(
@@ -28,6 +28,22 @@ def _limits(
     out: Tensor,
 ) -> str | None:
     return "the weight is not prepared (`prepare`)" if panels is None else places_limits(x, out)
+
+
+def _triton_limits(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor,
+) -> str | None:
+    if out.dtype != x.dtype:
+        return f"x is {x.dtype}, out {out.dtype}"
+    if not x.shape[-1]:
+        return "needs at least one column"
+    return limits.dynamic(x, data, scale, bias, panels, offset) or steps_limits(x, out)
 
 
 def _torch(
@@ -68,6 +84,7 @@ INTO = Op(
         needs=extension.missing,
         limits=_limits,
     ),
+    triton("quant_linear.triton_into_impl", "into", _triton_limits),
     Impl("torch", _torch, dtypes=ALL_FLOATS, limits=_torch_limits),
     Impl("reference", _reference, dtypes=ALL_FLOATS),
 )

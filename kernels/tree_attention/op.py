@@ -9,7 +9,8 @@ Answers that begin alike share their beginning, so that a list of them is comput
 q, k, v, out (N, H, D), any strides; ancestors int32 or int64 (N, L): rows of q, k and v in any order, -1 for none; a
 node's own row is among them where it shall see itself; a row of -1 alone gives zeros. float16, bfloat16, float32,
 float64, one dtype for all; sums in float32 (float64 in float64). A node does not see rows that are not named: what they
-hold does not matter. Row 0 is read for -1 and multiplied by zero: it must be finite.
+hold does not matter. Row 0 may be read for -1 and multiplied by zero: it must be finite. NaN and infinity among what a
+node sees as in `attention`.
 Ancestors in [-1, N) are the caller's word: reading them on the host would wait for a CUDA device.
 
 No gradient: candidates are scored, not trained on.
@@ -18,11 +19,18 @@ No gradient: candidates are scored, not trained on.
 import torch
 from torch import Tensor
 
-from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to
+from miss.kernels.attention import limits
+from miss.kernels.registry import ALL_FLOATS, Impl, Op, autocast_to, triton
 from miss.kernels.tree_attention import reference, torch_impl
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor, ancestors: Tensor, scale: float) -> str | None:
+    return limits.misfit(scale, q, k, v)
+
 
 FORWARD = Op(
     "tree_attention",
+    triton("tree_attention.triton_impl", "forward", _fits),
     Impl("torch", torch_impl.forward, dtypes=ALL_FLOATS, composite=True),
     Impl("reference", reference.forward, dtypes=ALL_FLOATS),
 )

@@ -35,6 +35,6 @@ def _some(q: Tensor, k: Tensor, v: Tensor, ancestors: Tensor, scale: float) -> T
     keys, values = (t.index_select(0, index).unflatten(0, (num_nodes, length)) for t in (k, v))
     dtype = accumulator(q.dtype)
     scores = (q[:, None].to(dtype) * keys.to(dtype)).sum(-1) * scale  # (N, L, H)
-    scores = scores.masked_fill(hidden[..., None], torch.finfo(dtype).min)
+    scores = scores.masked_fill(hidden[..., None], -torch.inf)
     p = torch.softmax(scores, 1).masked_fill(hidden[..., None], 0.0)  # all hidden: zeros
     return (p[..., None] * values.to(dtype)).sum(1).to(q.dtype)

@@ -15,7 +15,7 @@ from miss.kernels.attention import attention, attention_varlen
 from miss.kernels.contrastive import contrastive_loss, hard_negatives
 from miss.kernels.cross_attention import KV, Tokens, cross_attention
 from miss.kernels.cross_entropy import linear_cross_entropy
-from miss.kernels.decode_attention import decode_attention
+from miss.kernels.decode_attention import decode_attention, decode_attention_append
 from miss.kernels.decoder_step import Cache, Decoder, Layer, Matrix, Norm, decoder_step
 from miss.kernels.decoder_step import prepare as prepare_decoder
 from miss.kernels.ema import ema_
@@ -202,6 +202,9 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "cross_attention": lambda: cross_attention(s.heads_of(s.rows, s.text), kv_source(), index),
         "cross_attention_tokens": lambda: cross_attention(s.heads_of(s.rows, s.text), token_source(), index),
         "decode_attention": lambda: decode_attention(new(), s.cache(), s.cache(), slots, lengths),
+        "decode_attention_append": lambda: decode_attention_append(
+            new(), new(), new(), s.cache(), s.cache(), slots, lengths
+        ),
         "kv_append": lambda: kv_append(s.cache(), s.cache(), new(), new(), slots, lengths),
         "kv_reorder": lambda: kv_reorder(s.cache(), s.cache(), s.whole(0, 0), s.whole(1, 2)),
         "linear_cross_entropy": lambda: linear_cross_entropy(

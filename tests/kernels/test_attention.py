@@ -240,10 +240,10 @@ def test_unaligned_addresses_and_more_keys_than_a_block(dtype: torch.dtype) -> N
     assert_as_good_as(got, low, exact)
 
 
-@pytest.mark.skipif(not CPU_ROUTES, reason=str(extension.missing()))
+@pytest.mark.parametrize("way", [*CPU_ROUTES, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [1, 7])
-def test_nan_and_infinity(queries: int, dtype: torch.dtype) -> None:
+def test_nan_and_infinity(queries: int, dtype: torch.dtype, way: str) -> None:
     inf, nan = float("inf"), float("nan")
     q, k, v = torch.ones(5, queries, 2, 32, dtype=dtype), torch.ones(5, 9, 2, 32, dtype=dtype), torch.ones(5, 9, 2, 32)
     v = v.to(dtype)
@@ -252,11 +252,19 @@ def test_nan_and_infinity(queries: int, dtype: torch.dtype) -> None:
     k[2, 3, 0, 5] = inf  # NaN, as inf - inf is
     k[3, :, 0, 5] = -inf  # nothing but -inf: NaN, as torch.softmax gives
     q[4, -1, 0, 5] = nan  # that query alone
-    with route("cpu", op.FORWARD):
+    with route(way, op.FORWARD):
         out = attention(q, k, v)
     expected = torch.ones_like(out)
     expected[0, :, 0] = expected[2, :, 0] = expected[3, :, 0] = expected[4, -1, 0] = nan
     assert_close(out, expected, equal_nan=True, atol=1e-2, rtol=0)
+    k[:] = 1
+    k[:, :3, 0, 5] = -inf  # all that is visible, in head 0, to whom a length or the diagonal shows no more
+    q.nan_to_num_(nan=1.0)
+    with route(way, op.FORWARD):
+        padded, causal = attention(q, k, v, int32([3, 2, 0, 4, 9])), attention(q, k[:, :7], v[:, :7], causal=True)
+    assert padded[:2, :, 0].isnan().all() and not padded[2].any() and padded[3:].isfinite().all()
+    assert padded[:, :, 1].isfinite().all() and causal[:, :, 1].isfinite().all()
+    assert causal[:, :, 0].isnan().all(-1).equal((torch.arange(queries) < queries - 4).expand(5, -1))
 
 
 _EVERY_ISA = """

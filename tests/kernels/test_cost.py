@@ -58,7 +58,16 @@ def test_costs_are_those_of_the_benchmarks(label: str) -> None:
 def test_every_operation_of_answering_has_a_case() -> None:
     """Held against a benchmark above, or in a test of its own below; a look-up is bytes alone."""
     unheld = {name for name in registry.OPS if known(name)} - {case.op for case in CASES.values()}
-    assert unheld == {"quant_embedding", "quantise_rows", "attention_varlen"}
+    assert unheld == {"quant_embedding", "quantise_rows", "attention_varlen", "decode_attention_append"}
+
+
+def test_an_append_costs_the_attention_and_the_new_rows() -> None:
+    q, cache = torch.randn(3, 2, 32), torch.randn(4, 9, 2, 32)
+    slots, positions = torch.tensor([1, 1, 3], dtype=torch.int32), torch.tensor([4, 5, 0], dtype=torch.int32)
+    found = cost("decode_attention_append", (q, q, q, cache, cache, slots, positions, 0.2), q)
+    alone = cost("decode_attention", (q, cache, cache, slots, positions + 1, 0.2), q)
+    assert (found.flops, found.reads) == (alone.flops, alone.reads)
+    assert found.writes == alone.writes + 2 * q.nbytes
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from miss.kernels.attention import attention
-from miss.kernels.decode_attention import decode_attention, op
+from miss.kernels.decode_attention import append, decode_attention, decode_attention_append, op
+from miss.kernels.kv_cache import kv_append
+from miss.kernels.registry import use
 from tests.helpers import CPU_ROUTES, assert_as_good_as, route
 
 OTHER_ROUTES = ["torch", "reference", "custom"]
@@ -149,3 +151,65 @@ def test_errors_say_what_was_wanted() -> None:
             decode_attention(q, wrong, wrong, two, two)
     with pytest.raises(ValueError, match=r"wanted \(2,\)"):
         decode_attention(q, cache, cache, two[:1], two)
+
+
+def append_inputs(slots: list[int], positions: list[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(len(slots), 3, 2, 32).unbind(1)
+    cache = torch.randn(2, 6, 11, 2, 32).to(dtype)
+    return q.to(dtype), k, v, cache[0], cache[1], int32(slots), int32(positions)
+
+
+@pytest.mark.parametrize("way", ["composed", "reference", "custom", *CPU_ROUTES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_append_is_an_append_and_then_attention(way: str, dtype: torch.dtype) -> None:
+    if way == "cpu" and dtype == torch.float64:
+        pytest.skip("the CPU kernels take no float64")
+    q, k, v, k_cache, v_cache, slots, positions = append_inputs([4, 4, 0, 2, 2, 2], [3, 4, 10, 0, 1, 2], dtype)
+    wanted = k_cache.clone(), v_cache.clone()
+    for cache, new in zip(wanted, (k, v), strict=True):
+        cache[slots.long(), positions.long()] = new.to(dtype)
+    low, exact = (
+        plain(q.to(t), *(c.to(t) for c in wanted), slots.tolist(), (positions + 1).tolist())
+        for t in (dtype, torch.float64)
+    )
+    scale = 32**-0.5
+    if way == "custom":
+        got = append._append(q, k, v, k_cache, v_cache, slots, positions, scale)
+    elif way == "cpu":  # both parts
+        with route("composed", append.APPEND), use(decode_attention="cpu", kv_append="cpu"):
+            got = decode_attention_append(q, k, v, k_cache, v_cache, slots, positions)
+    else:
+        with route(way, append.APPEND):
+            got = decode_attention_append(q, k, v, k_cache, v_cache, slots, positions)
+    assert got.dtype == dtype and torch.equal(k_cache, wanted[0]) and torch.equal(v_cache, wanted[1])
+    assert_as_good_as(got, low, exact, slack=3.0)
+
+
+def test_append_opcheck_and_compile() -> None:
+    args = append_inputs([4, 0, 1], [7, 0, 3], torch.float32)
+    torch.library.opcheck(append._append, (*args, 0.2))
+    caches, others = [t.clone() for t in args[3:5]], [t.clone() for t in args[3:5]]
+    compiled = torch.compile(decode_attention_append, fullgraph=True, backend="aot_eager")
+    got = compiled(*args[:3], *caches, *args[5:])
+    assert_close(got, decode_attention_append(*args[:3], *others, *args[5:]))
+    kv_append(*args[3:5], *args[1:3], *args[5:])
+    assert torch.equal(caches[0], args[3]) and torch.equal(caches[1], args[4])
+
+
+def test_append_under_autocast_leaves_the_cache_alone() -> None:
+    q, k, v, k_cache, v_cache, *rest = append_inputs([4, 0, 1], [7, 0, 3], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = decode_attention_append(q.bfloat16(), k, v, k_cache, v_cache, *rest)
+    assert got.dtype == torch.float32 and torch.equal(k_cache[4, 7], k[0])
+
+
+def test_append_errors_say_what_was_wanted() -> None:
+    q, k, v, k_cache, v_cache, slots, positions = append_inputs([4, 0, 1], [7, 0, 3], torch.float32)
+    for wrong in ((q, k[:2], v, k_cache, v_cache), (q, k, v, k_cache[..., :8], v_cache[..., :8])):
+        with pytest.raises(ValueError, match=r"wanted \(R, H, D\) three times"):
+            decode_attention_append(*wrong, slots, positions)
+    with pytest.raises(ValueError, match=r"\(3,\) twice"):
+        decode_attention_append(q, k, v, k_cache, v_cache, slots[:2], positions)
+    with pytest.raises(ValueError, match=r"\(S, L, H, D\) twice"):
+        decode_attention_append(q, k, v, k_cache, v_cache[:2], slots, positions)

@@ -79,6 +79,16 @@ def test_what_is_not_named_is_not_seen(way: str) -> None:
     assert torch.equal(before[:68], after[:68]) and not torch.equal(before[68], after[68])
 
 
+@pytest.mark.parametrize("way", ROUTES)
+def test_nan_and_infinity(way: str) -> None:
+    q, k, v = torch.rand(4, 1, 8), torch.ones(4, 1, 8), torch.randn(4, 1, 8)
+    k[1], k[2], k[3] = float("nan"), torch.inf, -torch.inf
+    with route(way, op.FORWARD):
+        out = tree_attention(q, k, v, padded([[0, 1], [0, 2], [3], [3, 0]]))
+    assert out[:3].isnan().all()  # nothing above -inf: NaN, as torch.softmax gives; beside others weight 0
+    assert_close(out[3], v[0])
+
+
 def test_bitwise_the_same_whatever_else_is_packed() -> None:
     q, k, v = torch.randn(3, 200, 2, 32)
     one, two = tree(80, 1), tree(120, 2)

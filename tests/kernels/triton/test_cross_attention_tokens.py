@@ -7,7 +7,7 @@ programs, or alignment.
 import pytest
 import torch
 
-from miss.kernels.cross_attention import KV, Tokens, cross_attention, op, reference, torch_impl, triton_tokens_impl
+from miss.kernels.cross_attention import KV, cross_attention, op, reference, torch_impl, triton_tokens_impl
 from miss.kernels.launches import Launch
 from miss.kernels.registry import use
 from tests.helpers import assert_as_good_as
@@ -105,21 +105,6 @@ def test_nan_and_infinity_among_the_visible(small):
     x[0, 2], x[1, 64], x[2, 66] = float("nan"), INF, float("nan")  # the last is past its image's length
     out, lse = triton_tokens_impl.tokens_forward(q, x, w_k, w_v, b_v, index, lengths, *rest)
     assert out[:2].isnan().all() and out[2].isfinite().all() and lse[2].isfinite().all()
-
-
-def test_its_gradient_is_the_torch_row(small):
-    """Training through it: the forward pass is ours, the backward table has no Triton row and takes the next."""
-    args = inputs(*SIZES[3], torch.float32, P)
-    leaves = [t.detach().requires_grad_() for t in args[:5]]
-    source, (index, lengths, scale, dropout_p, seed) = Tokens(*leaves[1:]), args[5:]
-    names = [i.name for i in op.TOKENS_BACKWARD.impls]
-    assert names == ["torch", "reference"]
-    with use(cross_attention_tokens="torch"):
-        out = cross_attention(leaves[0], source, index, lengths, scale, dropout_p, seed)
-    wanted = torch.autograd.grad(out.sum(), leaves)
-    ours, lse = triton_tokens_impl.tokens_forward(*args)
-    got = torch_impl.tokens_backward(torch.ones_like(ours), *args[:5], ours, lse, *args[5:])
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_it_is_attention_over_what_it_absorbs(small):

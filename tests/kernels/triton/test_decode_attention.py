@@ -5,8 +5,10 @@ Interpreted, this does not show how a GPU rounds to bfloat16 (here it truncates)
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from miss.kernels.decode_attention import op, reference, torch_impl, triton_impl
+from miss.kernels.decode_attention import append, op, reference, torch_impl, triton_impl
 from tests.helpers import assert_as_good_as
 from tests.kernels.triton.device import DEVICE
 
@@ -104,3 +106,94 @@ def test_the_table_says_what_is_not_taken():
     assert "32 or 64 wide" in limits(q[..., :16], k[..., :16], v[..., :16], *rest)
     assert "one dtype" in limits(q.bfloat16(), k, v, *rest)
     assert "side by side" in limits(q, k.transpose(1, 3), v, *rest)
+
+
+# (slots, positions, (slots, positions, heads, head width)): rows of one slot stand together at successive positions
+APPENDS = [
+    ([1, 2, 3], [6, 0, 3], (9, 7, 2, 32)),
+    ([4, 4, 0, 2, 2, 2], [3, 4, 39, 14, 15, 16], (5, 40, 2, 64)),  # across the border of two blocks
+    ([3, 3, 1], [0, 1, 100], (5, 101, 1, 32)),
+    ([0] * 70 + [1], [*range(70), 5], (2, 70, 1, 32)),  # more than the rows that are looked at together
+    ([], [], (2, 5, 2, 32)),
+]
+
+
+def append_inputs(slots, positions, shape, dtype, new_dtype=None):
+    generator = torch.Generator().manual_seed(0)
+    num_slots, length, heads, width = shape
+    packed = torch.randn(len(slots), 3, heads, width, generator=generator).to(DEVICE, new_dtype or dtype)
+    q, k, v = packed.unbind(1)
+    cache = torch.randn(num_slots, length, 2, heads, width, generator=generator).to(DEVICE, dtype)
+    return q.to(dtype), k, v, cache[:, :, 0], cache[:, :, 1], int32(slots), int32(positions), width**-0.5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "new_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.float16, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize("size", APPENDS, ids=lambda size: str(size[2]))
+def test_append_is_bitwise_an_append_and_then_attention(size, dtype, new_dtype):
+    q, k, v, k_cache, v_cache, slots, positions, scale = append_inputs(*size, dtype, new_dtype)
+    before, wanted = k_cache.clone(), (k_cache.clone(), v_cache.clone())
+    for cache, new in zip(wanted, (k, v), strict=True):
+        cache[slots.long(), positions.long()] = new.to(dtype)
+    expected = triton_impl.forward(q, *wanted, slots, positions + 1, scale)
+    k_cache[slots.long(), positions.long()] = float("nan")  # what is there before is not read
+    out = triton_impl.append(q, k, v, k_cache, v_cache, slots, positions, scale)
+    assert torch.equal(out, expected)
+    assert torch.equal(k_cache, wanted[0]) and torch.equal(v_cache, wanted[1])
+    assert len(slots) == 0 or not torch.equal(before, k_cache)
+
+
+def test_appended_rows_against_float64():
+    q, k, v, k_cache, v_cache, *rest = append_inputs(*APPENDS[1], torch.float32)
+    doubled = [t.double() for t in (q, k, v, k_cache, v_cache)]
+    exact = append.APPEND.impls[-1].run(*doubled, *rest)
+    low = append.APPEND.impls[-2].run(q, k, v, k_cache.clone(), v_cache.clone(), *rest)
+    assert_as_good_as(triton_impl.append(q, k, v, k_cache, v_cache, *rest), low, exact, slack=3.0)
+
+
+@pytest.mark.parametrize("bug", ["position", "order", "values", "chain"])
+def test_planted_bugs_of_the_append_are_seen(bug):
+    q, k, v, k_cache, v_cache, slots, positions, scale = append_inputs(*APPENDS[1], torch.float32)
+    wanted = k_cache.clone(), v_cache.clone()
+    for cache, new in zip(wanted, (k, v), strict=True):
+        cache[slots.long(), positions.long()] = new
+    expected = triton_impl.forward(q, *wanted, slots, positions + 1, scale)
+    if bug == "position":
+        positions = (positions - 1).clamp(min=0)
+    if bug == "order":
+        q, k, v, slots, positions = (t.flip(0) for t in (q, k, v, slots, positions))
+        expected = expected.flip(0)  # rows of a slot that fall: others' new rows are not seen
+    if bug == "values":
+        v = k
+    if bug == "chain":
+        slots = torch.arange(6, device=DEVICE, dtype=torch.int32) % 5
+    out = triton_impl.append(q, k, v, k_cache, v_cache, slots, positions, scale)
+    assert not torch.allclose(out, expected)
+
+
+def test_the_appends_table_says_what_is_not_taken():
+    limits = next(i.limits for i in append.APPEND.impls if i.name == "triton")
+    q, k, v, *rest = append_inputs(*APPENDS[0], torch.float32)
+    assert limits(q, k, v, *rest) is None and limits(q, k.half(), v.half(), *rest) is None
+    assert "rows" in limits(q, k.double(), v, *rest)
+    assert "side by side" in limits(q, k.transpose(1, 2), v, *rest)
+    assert "one dtype" in limits(q.half(), k, v, *rest)
+
+
+@triton.jit
+def _first_of_all(slots, positions, out):
+    row = tl.program_id(0).to(tl.int64)
+    slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row)
+    tl.store(out + row, triton_impl._first_new(slots, positions, row, slot, position, 4))
+
+
+def test_which_positions_are_not_read_from_the_cache():
+    """Programs run in order here: only this shows that none reads what another one of the launch writes."""
+    slots = int32([7, 7, 7, 7, 7, 7, 7, 7, 2, 3, 3, 3, 2, 3, 3])
+    positions = int32([0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 9, 9, 10, 11])
+    out = torch.full_like(slots, -1)
+    _first_of_all[(len(slots),)](slots, positions, out)
+    assert out.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 8, 5, 5, 9, 9, 10, 10]
