@@ -162,6 +162,10 @@ struct Spread {
     if (num_rows == ROWS && num_columns == PANEL)
       finish.template write<true>(row, ROWS, column, PANEL, sums, stride, tile, PANEL);
     else finish.template write<false>(row, num_rows, column, num_columns, sums, stride, tile, PANEL);
+    if (finish.args.piece == PANEL) {
+      for (int r = 0; r < num_rows; ++r) Finish<Sum, Out>::copy_row(tile + r * PANEL, place(row + r, column));
+      return;
+    }
     const size_t bytes = static_cast<size_t>(finish.args.piece) * sizeof(Out);
     pieces(row, num_rows, column, num_columns, [&](Out* to, int r, int c) { memcpy(to, tile + r * PANEL + c, bytes); });
   }
