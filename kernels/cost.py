@@ -222,7 +222,7 @@ def _traffic(op: str, args: tuple[Any, ...], writes: float) -> tuple[float, floa
 def _is_int8_step(args: tuple[Any, ...]) -> bool:
     if len(args) < 2 or not isinstance(args[1], Decoder):
         return False
-    return any(isinstance(m.weight, PackedWeight) and m.weight.dynamic for m in args[1].matrices())
+    return any(isinstance(m.weight, PackedWeight) and m.weight.w8a8 for m in args[1].matrices())
 
 
 def _kind(args: tuple[Any, ...]) -> str:

@@ -83,7 +83,7 @@ class AnswerDecoder(nn.Module):
             ValueError: it is not of the table's shape, or not int8 with int8 activations.
         """
         table = self.embeddings.word.weight
-        if packed is not None and (packed.shape != tuple(table.shape) or not packed.dynamic):
+        if packed is not None and (packed.shape != tuple(table.shape) or not packed.w8a8):
             raise ValueError(
                 f"a packed vocabulary: got {packed.scheme} {packed.shape}, dynamic {packed.dynamic}; wanted int8 "
                 f"{tuple(table.shape)}, dynamic"

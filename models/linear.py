@@ -68,7 +68,7 @@ class Linear(nn.Linear):
 
 
 class QuantLinear(nn.Module):
-    """`Linear` over a packed int8 or int4 weight. For inference: the weight has no gradient."""
+    """`Linear` over a packed weight. For inference: the weight has no gradient."""
 
     bias: Tensor | None
 
@@ -79,7 +79,7 @@ class QuantLinear(nn.Module):
 
     @property
     def takes_codes(self) -> bool:
-        return self.packed.dynamic
+        return self.packed.w8a8
 
     def prepare(self) -> None:
         """Lays the packed weight out for the kernels of this machine, once."""

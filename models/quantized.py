@@ -107,10 +107,10 @@ class QuantCrossKV(QuantLinear):
 
     def product(self, source: Tensor, out: Tensor | None = None) -> Tensor:
         """As `CrossKV.product`."""
-        if out is None and (in_order(source) or not self.packed.dynamic):
+        if out is None and (in_order(source) or not self.packed.w8a8):
             return self(source).unflatten(-1, self.shape)
         out = room_for(source, self.shape) if out is None else out
-        if self.packed.dynamic:
+        if self.packed.w8a8:
             return quant_linear_into(source, self.packed, self.bias, out)
         return out.copy_(self(source).unflatten(-1, self.shape))
 

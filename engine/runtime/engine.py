@@ -187,7 +187,7 @@ class Engine:
         with self._step_lock:
             try:
                 self.scheduler.drop()
-                self.runner.begin(self.scheduler.active())
+                self.runner.begin(self.scheduler.active(), self.scheduler.num_waiting > 0)
                 self.runner.prefill(self.scheduler.admit())
                 self.runner.decode(self.scheduler.active())
                 self._conclude()

@@ -3,7 +3,7 @@
 Knows weights, what their layers saw and byte budgets; does not know models, files or how bytes are packed.
 
 Forms, from the smallest: int4-128, int4-64, int4-32 (groups), nf4, int8 (weights alone), w8a8 (int8 weights and
-activations), llm-int8, bf16 (kept as it is).
+activations), fp8 (float8 weights and activations), llm-int8, bf16 (kept as it is).
 """
 
 import heapq
@@ -16,7 +16,7 @@ from torch import Tensor
 from miss.engine.runtime.calibration import Moments
 from miss.engine.runtime.compensate import output_error, pack_int4_compensated, pack_int8_compensated
 from miss.engine.runtime.smoothing import rounding_errors
-from miss.kernels.quant_linear import PackedWeight, pack_int4, pack_int8, pack_llm_int8, pack_nf4, unpack
+from miss.kernels.quant_linear import PackedWeight, pack_fp8, pack_int4, pack_int8, pack_llm_int8, pack_nf4, unpack
 
 FORMS = ("int4-128", "int4-64", "int4-32", "int8")  # that a byte budget chooses from, to the most exact
 _SAMPLED_ROWS = 48  # of a matrix, that its forms are compared on
@@ -131,6 +131,8 @@ def pack(weight: Tensor, form: str, moments: Moments | None, compensate: bool) -
     seen = moments if moments is not None and moments.tokens > 0 else None
     if form in ("nf4", "llm-int8"):
         return pack_nf4(matrix) if form == "nf4" else pack_llm_int8(matrix)
+    if form == "fp8":  # steps grow with the numbers, so that compensation, which wants equal ones, is left out
+        return pack_fp8(matrix)
     if form in ("int8", "w8a8"):
         if seen is not None and seen.suffices and compensate:
             return pack_int8_compensated(matrix, seen.hessian, form == "w8a8")

@@ -18,7 +18,9 @@ from miss.models.weights import LoadReport, load_checkpoint, read_config
 # int8: bfloat16 with every linear layer packed a scale a row and multiplied with int8 activations (W8A8). Between the
 # products bfloat16 gives 1,035 of SLAKE's 1,053 validation answers as the float32 reference does, float32 gave 1,031.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
-PACKED = ("int8-weight", "int4-weight", "nf4", "llm-int8")  # precisions that a packed checkpoint alone has
+PACKED = ("int8-weight", "fp8", "int4-weight", "nf4", "llm-int8")  # precisions that a packed checkpoint alone has
+_BETWEEN = {"int8": torch.bfloat16, "fp8": torch.bfloat16}  # dtypes between packed products; others: the precision's
+FP8_CAPABILITY = (8, 9)  # GPUs from Ada on multiply float8
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 
 
@@ -45,7 +47,8 @@ def load_model(folder: Path, precision: str, device: str) -> tuple[MissVQA, Load
     """The folder's model on its device, in its precision, its weights laid out for this machine.
 
     A packed checkpoint keeps its packed form under the precision of its scheme's name, and under auto on a CPU where
-    its report says that it passed the agreement gate; elsewhere it is unpacked. The report's notes say which.
+    its report says that it passed the agreement gate and the scheme is not fp8; elsewhere it is unpacked. The report's
+    notes say which.
 
     Raises:
         ValueError: the precision or the device is unknown, or not what the checkpoint carries; or it is damaged.
@@ -56,7 +59,7 @@ def load_model(folder: Path, precision: str, device: str) -> tuple[MissVQA, Load
         if scheme is None:
             model, report = load_checkpoint(folder)
         else:
-            model, report, _ = load_packed(folder, dtype=PRECISIONS.get(scheme, dtype))
+            model, report, _ = load_packed(folder, dtype=_BETWEEN.get(scheme, dtype))
         model = model.to(device) if scheme else model.to(device, dtype)
         if precision == "int8" and scheme is None:
             use_int8(model)
@@ -70,6 +73,8 @@ def _packed_scheme(folder: Path, precision: str, device: str) -> tuple[str | Non
     _, values = read_config(folder)
     scheme = None if values is None else str(values.get("scheme"))
     if precision in PACKED:
+        if precision == "fp8":
+            check_float8(device)
         if scheme != precision:
             raise ValueError(
                 f"precision: got {precision!r}; {folder} carries {scheme or 'plain tensors'}: "
@@ -83,10 +88,30 @@ def _packed_scheme(folder: Path, precision: str, device: str) -> tuple[str | Non
     if precision != "auto" or device != "cpu":
         return None, (f"packed as {scheme}, run unpacked",)
     assert values is not None, "a scheme stands in a description of packed tensors"
+    if scheme == "fp8":
+        note = "packed as fp8, run unpacked in float32: CPUs have no float8 product; --precision fp8 takes it as it is"
+        return None, (note,)
     passed, why = verdict(values.get("report", {}))
     if passed:
         return scheme, (f"runs packed as {scheme}: its report says that it passed the agreement gate",)
     return None, (f"packed as {scheme}, run unpacked in float32: {why}; --precision {scheme} takes it as it is",)
+
+
+def check_float8(device: str) -> None:
+    """A CPU computes what a GPU would, in float32 and slowly; a GPU must have the products.
+
+    Raises:
+        ValueError: the GPU is older.
+    """
+    if not device.startswith("cuda"):
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise ValueError(
+            f"precision: got 'fp8', but {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}; float8 products need {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}: "
+            "take int8 or bf16"
+        )
 
 
 def _dtype(precision: str, device: str) -> torch.dtype:

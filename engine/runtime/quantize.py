@@ -8,6 +8,8 @@ Schemes
                before takes it up, layers whose activations lose too much kept in bf16 (of the decoder: int8 weights
                alone); the rest stays float32
   int8-weight  int8 by rows, the activations as they are
+  fp8          linear layers to float8 (e4m3) by rows, multiplied with float8 activations; tables to int8 by rows; the
+               rest stays float32
   int4-weight  linear layers to int4 in groups of 64, tables to int8 by rows; the rest stays float32
   nf4, llm-int8   bitsandbytes' forms of the linear layers; tables to int8 by rows; the rest stays float32
   int4         as int4-weight, with the rest in float16
@@ -33,9 +35,16 @@ from miss.models.tensor_file import digest
 from miss.models.vqa import MissVQA, VQABatch
 from miss.models.weights import saved_state
 
-Scheme = Literal["int8", "int8-weight", "int4-weight", "nf4", "llm-int8", "int4", "small-mixed"]
-SCHEMES = ("int8", "int8-weight", "int4-weight", "nf4", "llm-int8", "int4", "small-mixed")
-_FORM = {"int8-weight": "int8", "int4-weight": "int4-64", "int4": "int4-64", "nf4": "nf4", "llm-int8": "llm-int8"}
+Scheme = Literal["int8", "int8-weight", "fp8", "int4-weight", "nf4", "llm-int8", "int4", "small-mixed"]
+SCHEMES = ("int8", "int8-weight", "fp8", "int4-weight", "nf4", "llm-int8", "int4", "small-mixed")
+_FORM = {
+    "int8-weight": "int8",
+    "fp8": "fp8",
+    "int4-weight": "int4-64",
+    "int4": "int4-64",
+    "nf4": "nf4",
+    "llm-int8": "llm-int8",
+}
 _HALF = ("int4", "small-mixed")  # schemes whose small tensors are float16
 TOWERS = ("vision.", "encoder.", "decoder.")  # in the order in which they run
 WORDS = "embeddings.word.weight"
@@ -176,7 +185,7 @@ class _Work:
         else:
             found = _weight_error(weight.flatten(1), unpack(packed))
         bias = name.removesuffix("weight") + "bias"
-        bends = moments is not None and (moments.suffices or form not in ("int8", "w8a8"))
+        bends = moments is not None and (moments.suffices or form not in ("int8", "w8a8", "fp8"))
         if moments is not None and bends and bias in self.rest and self.options.compensate:
             new = corrected_bias(self.original[bias], weight, packed, moments)
             self.rest[bias] = _plain(new, self.options.scheme)
@@ -323,4 +332,4 @@ def _install(model: MissVQA, name: str, value: Tensor) -> None:
 
 def _count(forms: Mapping[str, str]) -> dict[str, int]:
     found = list(forms.values())
-    return {form: found.count(form) for form in (*FORMS, "w8a8", "nf4", "llm-int8", "bf16") if form in found}
+    return {form: found.count(form) for form in (*FORMS, "w8a8", "fp8", "nf4", "llm-int8", "bf16") if form in found}

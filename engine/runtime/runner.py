@@ -38,6 +38,7 @@ class Runner:
         self.graphs = Graphs(self.device, config.graph_bytes)
         self.prefilling = Prefill(model, slots, images, self.graphs, slots.spare_question >= 0)
         self.num_rows = 0
+        self.num_steps_ahead = self.num_steps_wasted = 0  # launched; after every row's end
         self._rows = RowTensors(self.device)
         steps = config.steps_on(self.device)
         self._autopilot = Autopilot(model, slots, self.graphs, steps) if steps > 1 else None
@@ -47,15 +48,15 @@ class Runner:
     def num_encoded(self) -> int:
         return self.prefilling.num_encoded
 
-    def begin(self, requests: Sequence[Request]) -> None:
+    def begin(self, requests: Sequence[Request], waiting: bool = True) -> None:
         """Gives the device the next steps of running requests (sorted by question slot), so that a prefill may run
-        beside them; what comes of them is `decode`'s. Only where batches are filled up, as on CUDA: elsewhere nothing
-        runs beside anything."""
+        beside them, if anybody is waiting; what comes of them is `decode`'s. Only where batches are filled up, as on
+        CUDA: elsewhere nothing runs beside anything."""
         self._under_way = None  # of a step that failed
         if not self.slots.spare_answers or not (ready := self._independent(requests)):
             return
         try:
-            self._under_way = ready, self._start(ready)
+            self._under_way = ready, self._start(ready, waiting)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise  # else `decode` starts them again, and finds the one that is too much
@@ -75,11 +76,9 @@ class Runner:
     def _decode(self, requests: Sequence[Request]) -> None:
         going = [request for request in requests if not request.search.done]  # one allowed answer: done before it began
         independent = self._independent(going)
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:  # those that were prefilled beside them come along the next time
-            flown = list(zip(under_way[0], self._results(*under_way), strict=True))
+        flown = self._landed()  # those that were prefilled beside them come along the next time
         self.prefilling.wait()
-        if under_way is None:
+        if flown is None:
             flown = survive(independent, lambda some: self._results(some, self._start(some)))
         moves: list[tuple[int, int]] = []
         for request, steps in flown:
@@ -91,6 +90,19 @@ class Runner:
         for request, choices in survive([r for r in rest if not isinstance(r.search, Ranking)], self._ask):
             moves += self._told(request, choices)
         self._copy(moves)
+
+    def _landed(self) -> list[tuple[Request, Steps]] | None:
+        """What came of the steps that `begin` started; None where it started none, or memory ran out on the way: they
+        can be made again, for what they wrote is written again."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return None
+        try:
+            return list(zip(under_way[0], self._results(*under_way), strict=True))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _told(self, request: Request, choices: list[Choice]) -> list[tuple[int, int]]:
         """Tells a search; the copies (source, target) of answer slots that it wants."""
@@ -107,7 +119,7 @@ class Runner:
             return []
         return [r for r in requests if not r.search.done and r.search.ahead(1) is not None]
 
-    def _start(self, requests: Sequence[Request]) -> Flight:
+    def _start(self, requests: Sequence[Request], beside: bool = False) -> Flight:
         assert self._autopilot is not None
         rows = []
         for request in requests:
@@ -116,14 +128,16 @@ class Runner:
             for feed, rule in zip(request.search.feed(), rules, strict=True):
                 slot = request.answer_slots[feed.branch]
                 rows.append(Row(feed.tokens[0], slot, self.slots.positions[slot], request.question_slot, rule))
-        return self._autopilot.start(rows)
+        return self._autopilot.start(rows, beside)
 
     def _results(self, requests: Sequence[Request], flight: Flight) -> list[Steps]:
         """What every request's branches chose, step by step."""
         found = iter(zip(*flight.results(), strict=True))
+        self.num_steps_ahead += flight.launched
+        self.num_steps_wasted += flight.wasted
         results = []
         for request in requests:
-            steps: Steps = [{} for _ in range(flight.steps)]
+            steps: Steps = [{} for _ in range(flight.launched)]
             for feed in request.search.feed():
                 for step, token, logprob in zip(steps, *next(found), strict=True):
                     step[feed.branch] = Choice([(token, logprob)], drawn=(token, logprob))

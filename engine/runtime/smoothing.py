@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from miss.engine.runtime.calibration import Moments
-from miss.kernels.quant_linear import PackedWeight, dequantise_rows, pack_int8, quantise_rows, unpack
+from miss.kernels.quant_linear import PackedWeight, dequantise_rows, pack_fp8, pack_int8, quantise_rows, unpack
 from miss.models.layers import CrossAttention, SelfAttention
 from miss.models.vision import VisionBlock
 from miss.models.vqa import MissVQA
@@ -89,11 +89,15 @@ def rounding_errors(
 
     Args:
         weight: (N, K) before rounding. packed: what became of it; None rounds it to int8 by rows.
-        dynamic: whether the inputs are rounded to int8, too.
+        dynamic: whether the inputs are rounded, too: to int8, for an fp8 weight to float8.
     """
     weight = weight.detach()
     rounded = unpack(pack_int8(weight) if packed is None else packed)
-    seen = dequantise_rows(quantise_rows(sample)) if dynamic else sample
+    seen = sample
+    if dynamic and packed is not None and packed.scheme == "fp8":
+        seen = unpack(pack_fp8(sample))  # a row of inputs is rounded as a row of weights is
+    elif dynamic:
+        seen = dequantise_rows(quantise_rows(sample))
     wanted = sample @ weight.T
     return (seen @ rounded.T - wanted).square().mean(0), wanted.square().mean(0)
 

@@ -37,8 +37,9 @@ class Counters:
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot. Counters: received … num_decoded_rows; gauges: waiting … question_slots. image_tokens, image_kv: the
-    two tiers of the image cache."""
+    """A snapshot. Counters: received … num_steps_wasted; gauges: waiting … question_slots. image_tokens, image_kv: the
+    two tiers of the image cache. num_steps_ahead: decode steps of many rows that the device made without a look;
+    num_steps_wasted: those of them that came after every row's end."""
 
     received: int
     rejected: int
@@ -47,6 +48,8 @@ class Stats:
     cancelled: int
     num_encoded_images: int
     num_decoded_rows: int
+    num_steps_ahead: int
+    num_steps_wasted: int
     waiting: int
     waiting_pixels: int
     running: int
@@ -63,6 +66,8 @@ class Stats:
             **{name: counts.get(name, 0) for name in outcomes},
             num_encoded_images=runner.num_encoded,
             num_decoded_rows=runner.num_rows,
+            num_steps_ahead=runner.num_steps_ahead,
+            num_steps_wasted=runner.num_steps_wasted,
             waiting=scheduler.num_waiting,
             waiting_pixels=scheduler.waiting_pixels,
             running=len(scheduler.running),

@@ -76,7 +76,7 @@ def _plain_backward(
     return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
 
 
-def _shown(lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def shown_lengths(lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(lengths that leave every row a key, which rows (B, 1, 1, 1) have none; None where CPU can see that all have).
 
     A row without a key sees its first one and is zeroed afterwards: a softmax over nothing would be NaN in backward.
@@ -93,7 +93,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float, keep: Tensor | None
 ) -> Tensor:
     """out (B, T, H, width of v); `keep` is dropout's factor on the probabilities (B, H, T, N)."""
-    shown, nothing = _shown(lengths)
+    shown, nothing = shown_lengths(lengths)
     square = causal and shown is None and q.shape[1] == k.shape[1]
     by_product = _prefers_single(q, k) or keep is not None or _prefers_plain(q, k)
     visible = None
@@ -119,7 +119,7 @@ def attend_backward(
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `attend`, by products and a softmax at every shape and dtype: SDPA's backward needs its graph."""
-    shown, nothing = _shown(lengths)
+    shown, nothing = shown_lengths(lengths)
     dout = dout if nothing is None else dout.masked_fill(nothing, 0.0)
     return _plain_backward(dout, q, k, v, visible_keys(shown, causal, q.shape[1], k.shape[1], q.device), scale, keep)
 

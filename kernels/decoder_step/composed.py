@@ -77,7 +77,7 @@ def _dense(x: Tensor, matrix: Matrix, gelu: bool = False) -> Tensor:
     weight, bias, panels = matrix
     if not isinstance(weight, PackedWeight):
         return gelu_mlp(x, weight, bias, panels) if gelu else linear(x, weight, bias, None, panels)
-    if gelu and weight.dynamic:
+    if gelu and weight.w8a8:
         return quant_linear_rows(quantise_rows(x), weight, bias, gelu=True, dtype=x.dtype)
     y = quant_linear(x, weight, bias)
     return F.gelu(y) if gelu else y
@@ -86,7 +86,7 @@ def _dense(x: Tensor, matrix: Matrix, gelu: bool = False) -> Tensor:
 def _mlp(x: Tensor, first: Matrix, second: Matrix) -> Tensor:
     """Between two W8A8 products the numbers pass as codes."""
     if isinstance(first.weight, PackedWeight) and isinstance(second.weight, PackedWeight):
-        if first.weight.dynamic and second.weight.dynamic:
+        if first.weight.w8a8 and second.weight.w8a8:
             rows: QuantRows = quant_linear_rows_quantised(quantise_rows(x), first.weight, first.bias, gelu=True)
             return quant_linear_rows(rows, second.weight, second.bias, dtype=x.dtype)
     return _dense(_dense(x, first, gelu=True), second)

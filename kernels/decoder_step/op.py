@@ -127,7 +127,7 @@ def misfit(decoder: Decoder) -> str | None:
     if any(layer.input.weight.shape[0] % 4 for layer in decoder.layers):
         return "needs an inner width that 4 divides"
     head = decoder.vocabulary.weight
-    if isinstance(head, PackedWeight) and not head.dynamic:
+    if isinstance(head, PackedWeight) and not head.w8a8:
         return "the vocabulary's matrix is packed for weight-only products"
     reasons = (_matrix_misfit(m, decoder.words.dtype) for m in decoder.matrices())
     return next((reason for reason in reasons if reason is not None), None)

@@ -13,6 +13,7 @@ from miss.kernels.decoder_step.weights import Cache, Decoder, Layer, Matrix, Nor
 from miss.kernels.linear_top_k.reference import best
 from miss.kernels.quant_linear import PackedWeight, unpack
 from miss.kernels.quant_linear import reference as quant_linear
+from miss.kernels.quant_linear.fp8 import reference as fp8_linear
 from miss.kernels.registry import accumulator
 
 
@@ -70,6 +71,8 @@ def _dense(x: Tensor, matrix: Matrix) -> Tensor:
     weight, bias, _ = matrix
     if not isinstance(weight, PackedWeight):
         return F.linear(x, weight.to(x), None if bias is None else bias.to(x))
-    if weight.dynamic:
+    if weight.scheme == "fp8":
+        return fp8_linear(x, weight.data, weight.scale, bias)
+    if weight.w8a8:
         return quant_linear.dynamic(x, weight.data, weight.scale, bias, None, None)
     return F.linear(x, unpack(weight, x.dtype), None if bias is None else bias.to(x))

@@ -44,7 +44,7 @@ def _torch(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
     return y.view(*x.shape[:-1], len(data))
 
 
-def _reference(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def reference(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     codes, steps = quantise_rows_fp8(x.reshape(-1, x.shape[-1]))
     total = codes.double() @ data.double().T
     y = rescale(total, steps[:, None].to(accumulator(x.dtype)), scale, bias, x.dtype)
@@ -55,7 +55,7 @@ FP8_OP = Op(
     "quant_linear_fp8",
     triton("quant_linear.triton_w8a8_impl", "fp8", limits.fp8, capability=(9, 0)),
     Impl("torch", _torch, dtypes=ALL_FLOATS),
-    Impl("reference", _reference, dtypes=ALL_FLOATS),
+    Impl("reference", reference, dtypes=ALL_FLOATS),
 )
 
 

@@ -56,6 +56,11 @@ def _nf4_limits(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, col
     return f"rows of {columns} do not end with a block of {NF4_BLOCK}" if columns % NF4_BLOCK else None
 
 
+def _llm_int8_limits(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> str | None:
+    """It multiplies by torch._int_mm, which is wrong there (`torch_impl.dynamic_limits`)."""
+    return "torch._int_mm is wrong for one column on CPU" if x.device.type == "cpu" and data.shape[1] == 1 else None
+
+
 NF4_OP = Op(
     "quant_linear_nf4",
     Impl("bitsandbytes", lazy("quant_linear.bitsandbytes_impl", "nf4"), requires="bitsandbytes", limits=_nf4_limits),
@@ -64,7 +69,12 @@ NF4_OP = Op(
 )
 LLM_INT8_OP = Op(
     "quant_linear_llm_int8",
-    Impl("bitsandbytes", lazy("quant_linear.bitsandbytes_impl", "llm_int8"), requires="bitsandbytes"),
+    Impl(
+        "bitsandbytes",
+        lazy("quant_linear.bitsandbytes_impl", "llm_int8"),
+        requires="bitsandbytes",
+        limits=_llm_int8_limits,
+    ),
     Impl("torch", _llm_int8_reference, dtypes=ALL_FLOATS),
     Impl("reference", _llm_int8_reference, dtypes=ALL_FLOATS),
 )

@@ -80,6 +80,11 @@ class PackedWeight(NamedTuple):
         return self._replace(data=self.data.to(device), scale=self.scale.to(device), zero=zero, prepared=None)
 
     @property
+    def w8a8(self) -> bool:
+        """Whether its products are those of int8 codes on both sides, which `QuantRows` are for."""
+        return self.dynamic and self.scheme == "int8"
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
 

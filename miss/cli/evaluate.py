@@ -63,7 +63,7 @@ class Args:
     seed: int = 0
     """Of the bootstrap, and of the shuffled images."""
     precision: str = "auto"
-    """auto, fp32, bf16, fp16, int8, or what a packed checkpoint carries (int8-weight, int4-weight, nf4, llm-int8)."""
+    """auto, fp32, bf16, fp16, int8, or what a packed checkpoint has: int8-weight, fp8, int4-weight, nf4, llm-int8."""
     device: str = "cpu"
     """cpu or cuda."""
     beams: int | None = None

@@ -1,4 +1,4 @@
-"""`miss quantize`: a checkpoint packed into int8, int4 or bitsandbytes' forms, and held against its parent.
+"""`miss quantize`: a checkpoint packed into int8, float8, int4 or bitsandbytes' forms, and held against its parent.
 
 Knows flags and folders, makes calibration batches of a data set, and asks both models the same questions; does not know
 how tensors are packed, or what makes two answers the same.
@@ -44,9 +44,12 @@ class Args:
     """A checkpoint folder of ours."""
     dst: Annotated[Path, tyro.conf.Positional]
     """The folder to write."""
-    scheme: Literal["int8", "int8-weight", "int4-weight", "nf4", "llm-int8", "int4", "small-mixed"] = "small-mixed"
+    scheme: Literal["int8", "int8-weight", "fp8", "int4-weight", "nf4", "llm-int8", "int4", "small-mixed"] = (
+        "small-mixed"
+    )
     """int8: weights and activations. int8-weight, int4-weight (groups of 64), nf4, llm-int8: linear layers, run as they
-    are packed. int4: as int4-weight, smaller on disk. small-mixed: as exact as --budget allows."""
+    are packed. fp8: float8 weights and activations, for GPUs from 8.9 on; a CPU runs it too, slowly. int4: as
+    int4-weight, smaller on disk. small-mixed: as exact as --budget allows."""
     budget: int = 40_000_000
     """Bytes of the whole folder (small-mixed)."""
     max_positions: int | None = None

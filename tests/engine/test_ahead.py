@@ -2,6 +2,7 @@
 host's rule; programs are made once, and dropped beyond their budget. On CPU all of it runs but the capture."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miss import Engine, SamplingParams
-from miss.engine.runtime.ahead import BUCKETS, bucket_of
+from miss.engine.runtime.ahead import BUCKETS, Autopilot, Flight, Row, bucket_of
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.drawing import Cuts, draw_rows
 from miss.engine.runtime.graphs import Graphs
 from miss.engine.runtime.sampling import draw
+from miss.engine.runtime.search import Ahead
 from tests.engine.answering import write_checkpoint, write_images
 
 WAYS = (
@@ -52,20 +54,27 @@ def truth(parts):
     return alone
 
 
+def answers(engine, asked, images):
+    requests = [engine.add(images[i], QUESTIONS[q], WAYS[w]) for i, q, w in asked]
+    while engine.busy:
+        engine.step()
+    return requests
+
+
 asked = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, len(WAYS) - 1)), min_size=1, max_size=7)
 
 
 @settings(deadline=None, max_examples=25)
-@given(asked, st.integers(2, 9), st.booleans(), st.sampled_from([0, 1 << 16, 1 << 24]))
-def test_the_same_answers_as_step_by_step(parts, truth, asked, steps, fill_up, cache_bytes):
+@given(asked, st.integers(2, 9), st.booleans(), st.sampled_from([0, 1 << 16, 1 << 24]), st.integers(1, 3))
+def test_the_same_answers_as_step_by_step(parts, truth, asked, steps, fill_up, cache_bytes, lead):
+    """`lead` above 1, as on a GPU, launches steps before it is known that anybody wants them."""
     model, processor, images = parts
     config = EngineConfig(
         answer_slots=8, question_slots=3, steps_ahead=steps, fill_up=fill_up, cache_bytes=cache_bytes, refill_share=0.0
     )
     engine = Engine(model, processor, config=config)
-    requests = [engine.add(images[i], QUESTIONS[q], WAYS[w]) for i, q, w in asked]
-    while engine.busy:
-        engine.step()
+    engine.runner._autopilot.lead = lead
+    requests = answers(engine, asked, images)
     for request, one in zip(requests, asked, strict=True):
         assert request.error is None
         wanted, got = truth(*one), request.answer
@@ -74,6 +83,91 @@ def test_the_same_answers_as_step_by_step(parts, truth, asked, steps, fill_up, c
         assert [other.text for other in got.alternatives] == [other.text for other in wanted.alternatives]
     stats = engine.stats
     assert stats.answered == stats.received == len(asked) and stats.answer_slots == stats.question_slots == 0
+    assert stats.num_steps_wasted <= stats.num_steps_ahead and (stats.num_steps_wasted == 0 or lead > 1)
+
+
+class Scripted:
+    """A model whose row in slot s says [SEP] at position ends[s], and 7 before."""
+
+    def __init__(self, ends):
+        self.ends = torch.tensor(ends)
+
+    def decode_best(self, fed, cache, slots, positions, questions, num_best):
+        ids = torch.where(positions >= self.ends[slots.long()], 3, 7)
+        return torch.zeros(len(ids), 1), ids[:, None]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("lead", [1, 2, 3])
+@pytest.mark.parametrize("ends", [[0], [2, 4, 1], [6, 0], [7, 2], [30]])
+def test_a_flight_ends_with_its_last_row(ends, lead, beside):
+    """Of the steps launched, at most lead - 1 come after every row's end; beside a prefill, of which nobody looks until
+    it is over, all that were allowed."""
+    cache = SimpleNamespace(self_k=torch.zeros(1), answer_length=40)
+    slots = SimpleNamespace(cache=cache, spare_answers=[], spare_question=-1)
+    pilot = Autopilot(Scripted(ends), slots, Graphs(torch.device("cpu"), 0), 8)
+    assert pilot.lead == 1
+    pilot.lead = lead
+    for _ in range(2):  # the second on the first one's tensors
+        flight = pilot.start([Row(5, i, 0, 0, Ahead(40, 3)) for i in range(len(ends))], beside)
+        blind = 8 if beside and lead > 1 else lead
+        assert flight.launched == blind
+        tokens, _ = flight.results()
+        needed = min(max(ends) + 1, 8)
+        assert flight.launched == (8 if blind == 8 else min(needed + lead - 1, 8))
+        assert flight.wasted == flight.launched - needed
+        for row, end in zip(tokens, ends, strict=True):
+            assert row[: end + 1] == ([7] * end + [3])[: len(row)]
+
+
+def test_steps_are_counted(parts):
+    model, processor, images = parts
+    engine = Engine(model, processor, config=EngineConfig(steps_ahead=4))
+    lengths = [len(r.answer.token_ids) for r in answers(engine, [(0, 0, 0), (0, 1, 0)], images)]
+    stats = engine.stats
+    assert (stats.num_steps_ahead, stats.num_steps_wasted) == (max(lengths), 0)
+    assert stats.num_decoded_rows == sum(lengths)
+
+
+def test_all_steps_are_launched_at_once_only_where_somebody_waits(parts, monkeypatch):
+    model, processor, images = parts
+    engine = Engine(model, processor, config=EngineConfig(steps_ahead=2, fill_up=True))
+    first = engine.add(images[0], QUESTIONS[0], SamplingParams(num_alternatives=0, max_new_tokens=6))
+    engine.step()
+    if first.done:
+        pytest.skip("these weights end the answer in the first two tokens")
+    told, start = [], engine.runner._autopilot.start
+    monkeypatch.setattr(
+        engine.runner._autopilot, "start", lambda rows, beside: told.append(beside) or start(rows, beside)
+    )
+    engine.add(images[1], QUESTIONS[0], SamplingParams(num_alternatives=0))
+    engine.step()
+    while engine.busy:
+        engine.step()
+    assert told[0] is True and not any(told[1:])
+
+
+def test_memory_that_runs_out_on_the_way_costs_nobody(parts, truth, monkeypatch):
+    model, processor, images = parts
+    engine = Engine(model, processor, config=EngineConfig(steps_ahead=3, fill_up=True))
+    requests = [engine.add(images[0], q, WAYS[0]) for q in QUESTIONS]
+    engine.step()
+    if all(r.done for r in requests):
+        pytest.skip("these weights end every answer in the first three tokens")
+    failed, launch = [], Flight.launch
+
+    def full(self, most):
+        if not failed and self.launched == 2:
+            failed.append(self)
+            raise MemoryError
+        launch(self, most)
+
+    monkeypatch.setattr(Flight, "launch", full)
+    while engine.busy:
+        engine.step()
+    assert failed
+    for number, request in enumerate(requests):
+        assert request.answer.token_ids == truth(0, number, 0).token_ids
 
 
 def test_fewer_looks_than_tokens(parts):
@@ -114,10 +208,10 @@ def test_no_memory_for_what_is_under_way_costs_the_one_that_is_too_much(parts, m
         pytest.skip("these weights end every answer in the first two tokens")
     start = engine.runner._start
 
-    def full(some):
+    def full(some, *beside):
         if poison in some:
             raise MemoryError
-        return start(some)
+        return start(some, *beside)
 
     monkeypatch.setattr(engine.runner, "_start", full)
     while engine.busy:

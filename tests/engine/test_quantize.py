@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from miss import Engine, SamplingParams
 from miss.cli import run
 from miss.engine.data.processor import build_tokenizer
 from miss.engine.runtime.calibration import Moments, collect
 from miss.engine.runtime.compensate import output_error, pack_int4_compensated, pack_int8_compensated
 from miss.engine.runtime.gate import judged, verdict
-from miss.engine.runtime.loading import load_model
+from miss.engine.runtime.loading import CHECKPOINTS, check_float8, load_model
 from miss.engine.runtime.quantize import (
     FORMS,
     Options,
@@ -90,7 +91,9 @@ def write(folder: Path, options: Options, batches: tuple[VQABatch, ...] = ()) ->
 
 
 class TestSchemes:
-    @pytest.mark.parametrize(("scheme", "most"), [("int8", 0.012), ("int4", 0.16), ("small-mixed", 0.012)])
+    @pytest.mark.parametrize(
+        ("scheme", "most"), [("int8", 0.012), ("fp8", 0.03), ("int4", 0.16), ("small-mixed", 0.012)]
+    )
     def test_what_is_loaded_is_near_what_was_packed(self, tmp_path: Path, scheme: str, most: float) -> None:
         original = saved_state(make_model())
         loaded, report = load_checkpoint(write(tmp_path / "c", Options(scheme)))  # type: ignore[arg-type]
@@ -338,10 +341,10 @@ class TestInt8:
 class TestRunsPacked:
     """Loaded without the original, mapped, under the precision of its scheme alone."""
 
-    @pytest.mark.parametrize("scheme", ["int8", "int8-weight", "int4-weight", "nf4", "llm-int8"])
+    @pytest.mark.parametrize("scheme", ["int8", "int8-weight", "fp8", "int4-weight", "nf4", "llm-int8"])
     def test_the_packed_model_computes_what_the_unpacked_one_does(self, tmp_path: Path, scheme: str) -> None:
         if scheme in ("nf4", "llm-int8"):
-            pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+            pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the scheme is not tested")
         folder = write(tmp_path / "c", Options(scheme), (make_batch(),))  # type: ignore[arg-type]
         dense, _ = load_checkpoint(folder)
         packed, report, quantization = load_packed(folder)
@@ -350,6 +353,43 @@ class TestRunsPacked:
         with torch.inference_mode():
             a, b = (m.prepare()(make_batch()).loss_per_row for m in (dense, packed))
         assert (a - b).norm() / a.norm() < (1e-4 if scheme in ("int8-weight", "int4-weight", "nf4") else 0.03)
+
+    def test_fp8_reports_and_is_never_autos_choice(self, tmp_path: Path) -> None:
+        """Errors stand in the report with the inputs rounded to float8 too; auto on a CPU, which has no such product,
+        runs it unpacked whatever the gate says."""
+        packed = quantize(make_model(), Options("fp8"), (make_batch(),))
+        report = packed.quantization.report
+        assert report["forms"] == {"fp8": len(linear_modules(make_model()))} and packed.quantization.kept == []
+        assert all(row["form"] == "fp8" and 0.005 < row["error"] < 0.06 for row in report["layers"].values())
+        assert packed.nbytes < 0.45 * report["bytes_before"]
+        quantization = packed.quantization.to_dict()
+        quantization["report"] = report | {"gate": judged(1000, 1000, 800, 800)}
+        write_checkpoint(packed.config, packed.tensors, tmp_path / "c", quantization=quantization)
+        dense, loaded = load_model(tmp_path / "c", "auto", "cpu")
+        assert linear_modules(dense) and "no float8 product" in loaded.notes[0]
+        model, _ = load_model(tmp_path / "c", "fp8", "cpu")
+        layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+        assert layers and not linear_modules(model)
+        assert all(layer.packed.data.dtype == torch.float8_e4m3fn and not layer.takes_codes for layer in layers)
+        assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+        save_checkpoint(make_model(), tmp_path / "plain")
+        with pytest.raises(ValueError, match="--scheme fp8` makes one"):
+            load_model(tmp_path / "plain", "fp8", "cpu")
+
+    @pytest.mark.parametrize(
+        ("capability", "refused"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)]
+    )
+    def test_fp8_wants_a_gpu_that_has_it(
+        self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: bool
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        check_float8("cpu")
+        if not refused:
+            check_float8("cuda")
+            return
+        with pytest.raises(ValueError, match=r"a GPU has compute capability 8\.\d; float8 products need 8\.9"):
+            check_float8("cuda:1")
 
     def test_packed_bytes_stay_in_the_file(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "c", Options("int8-weight"))
@@ -514,6 +554,20 @@ class TestCommand:
         assert card.count("## How it was packed") == 1 and "not passed" in card and "McNemar" in card
         assert "at least 1000" in load_model(tmp_path / "c", "auto", "cpu")[1].notes[0]
         assert "gate" in capsys.readouterr().out
+
+    @pytest.mark.skipif(not (CHECKPOINTS / "miss-small").is_dir(), reason="the shipped checkpoint is not here")
+    def test_fp8_of_the_shipped_checkpoint_answers(self, tmp_path: Path) -> None:
+        """Packed by the command line, with its tables and its parent's as the torch row multiplies them on a CPU."""
+        source, image = CHECKPOINTS / "miss-small", tmp_path / "image.png"
+        Image.new("RGB", (64, 64), (90, 120, 60)).save(image)
+        assert run(["quantize", str(source), str(tmp_path / "c"), "--scheme", "fp8"]) == 0
+        report = json.loads((tmp_path / "c/config.json").read_text())["quantization"]["report"]
+        assert max(row["error"] for row in report["layers"].values()) < 0.04  # e4m3 has steps of 6 %
+        questions = ("is this an x-ray?", "what organ is shown?")
+        parent, engine = Engine.load(source, "fp32"), Engine.load(tmp_path / "c", "fp8")
+        for question in questions:
+            wanted, got = (e.answer(image, question, SamplingParams(num_alternatives=0)) for e in (parent, engine))
+            assert got.text and got.logprob == pytest.approx(wanted.logprob, abs=0.7)
 
     def test_refusals(self, tmp_path: Path, parent: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for flags, reason in (

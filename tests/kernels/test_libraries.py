@@ -1,5 +1,6 @@
 """Other people's attention kernels as rows: what they refuse, where they stand. None of them is installed or imitated
-here, but for FlexAttention, whose uncompiled form runs on the CPU and is held against float64."""
+here. FlexAttention's uncompiled form and SDPA's flash back end run on the CPU and are held against float64; what SDPA's
+other back ends compute is not shown."""
 
 import importlib.util
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 
 from miss.kernels import registry
-from miss.kernels.attention import reference
+from miss.kernels.attention import attention, reference
 from miss.kernels.evidence import Target
 from miss.kernels.registry import OPS, use
 from tests.helpers import assert_as_good_as
 
-NAMES = ("flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "flex")
+SDPA = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
+NAMES = ("flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "flex", *SDPA)
 A100, H100, B200, RTX5090, T4 = (Target(None, c) for c in ((8, 0), (9, 0), (10, 0), (12, 0), (7, 5)))
 SEED = torch.tensor(1)
 
@@ -90,7 +92,24 @@ def test_which_gpus_they_serve(target, refused):
             {"flash_attn": None, "flash_attn_3": None, "flash_attn_4": "got 32", "flex": None},
         ),
         ("attention", dense(rows=0), {"flash_attn": "at least one row", "flex": "at least one row"}),
-        ("attention", dense(causal=True), dict.fromkeys(NAMES)),
+        ("attention", dense(causal=True), dict.fromkeys(set(NAMES) - {"sdpa_flash"})),
+        ("attention", dense(causal=True), {"sdpa_flash": "as many queries as keys, got 5 and 7"}),
+        ("attention", dense(causal=True, keys=5), dict.fromkeys(SDPA)),
+        ("attention", dense(seed=SEED), dict.fromkeys(SDPA, "own generator")),
+        (
+            "attention",
+            dense(lengths=torch.tensor([3, 7])),
+            {"sdpa_flash": "no lengths", "sdpa_cudnn": None, "sdpa_efficient": None},
+        ),
+        (
+            "attention",
+            dense(width=20),
+            {"sdpa_flash": None, "sdpa_cudnn": "multiple of 8", "sdpa_efficient": "multiple of 8"},
+        ),
+        ("attention", dense(width=20, dtype=torch.float32), {"sdpa_efficient": None}),
+        ("attention", dense(width=200), {"sdpa_flash": "up to 192", "sdpa_cudnn": "up to 128", "sdpa_efficient": None}),
+        ("attention", dense(keys=1), {"sdpa_flash": None, "sdpa_cudnn": "two keys", "sdpa_efficient": None}),
+        ("attention", dense(rows=0), dict.fromkeys(SDPA, "at least one row")),
         ("attention_varlen", packed(), {"flash_attn": None, "flash_attn_3": None, "xformers": None}),
         ("attention_varlen", packed(seed=SEED), {"flash_attn": "own generator", "flash_attn_3": "own generator"}),
         ("attention_varlen", packed(offsets=torch.int64), {"flash_attn": "int32 offsets", "xformers": "int32 offsets"}),
@@ -105,10 +124,25 @@ def test_what_they_refuse(op, args, says):
 
 def test_dtypes():
     for name, reason in refusals("attention", dense(dtype=torch.float32)).items():
-        assert (reason is None) == (name == "flex") and (name == "flex" or "does not take float32" in reason)
+        takes = name in ("flex", "sdpa_efficient")
+        assert (reason is None) == takes and (takes or "does not take float32" in str(reason))
     mixed = list(dense())
     mixed[1] = mixed[1].half()
     assert all("one dtype for all" in str(reason) for reason in limits("attention", mixed).values())
+
+
+def test_what_sdpas_back_ends_want_of_memory_and_settings():
+    q, k, _, *rest = dense()
+    late = torch.ones(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    assert "16 bytes" in str(limits("attention", (late, k, k, *rest))["sdpa_efficient"])
+    apart = q.repeat_interleave(2, -1)[..., ::2]
+    for name in SDPA:
+        assert "side by side" in str(limits("attention", (apart, k, k, *rest))[name])
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "not deterministic" in str(limits("attention", dense())["sdpa_cudnn"])
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
@@ -147,3 +181,52 @@ def test_flex_is_ours_uncompiled(queries, keys, lengths, causal):
     seen = want_lse.isfinite()
     assert_as_good_as(lse[seen], want_lse[seen].float(), want_lse[seen], what="lse")
     assert (out[~seen.transpose(1, 2)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"), [(5, 7, False), (65, 65, True), (1, 7, False), (197, 197, False)]
+)
+def test_sdpa_flash_on_a_cpu(dtype, queries, keys, causal):
+    """Forced, values and gradients, of views of a packed projection, held against the `torch` row."""
+    whole = torch.randn(2, max(queries, keys), 3, 2, 32).to(dtype).requires_grad_()
+    dout = torch.randn(2, queries, 2, 32).to(dtype)
+    q, k, v = whole[:, :queries, 0], whole[:, :keys, 1], whole[:, :keys, 2]
+    seen: list[str] = []
+    with use(attention="sdpa_flash"), registry.watch(lambda op, args, impl: seen.append(f"{op.name}:{impl.name}")):
+        out = attention(q, k, v, causal=causal)
+    assert seen == ["attention:sdpa_flash"]  # no backward table of ours: PyTorch's own gradient
+    (got,) = torch.autograd.grad(out, whole, dout)
+    with use(attention="torch"):
+        plain = attention(q, k, v, causal=causal)
+    (plain_grad,) = torch.autograd.grad(plain, whole, dout)
+    exact = whole.detach().double().requires_grad_()
+    with use(attention="reference"):
+        want = attention(exact[:, :queries, 0], exact[:, :keys, 1], exact[:, :keys, 2], causal=causal)
+    (want_grad,) = torch.autograd.grad(want, exact, dout.double())
+    assert_as_good_as(out, plain, want, what="out")
+    assert_as_good_as(got, plain_grad, want_grad, what="gradient")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, [7, 0, 3]])
+@pytest.mark.parametrize("queries", [5, 7])
+def test_what_sdpas_back_ends_are_handed(queries, lengths, causal, monkeypatch):
+    """Masks, rows without keys, triangles that are no squares: with PyTorch's plain back end in the others' place."""
+    from torch.nn.attention import SDPBackend
+
+    from miss.kernels.attention import sdpa_impl
+
+    monkeypatch.setattr(sdpa_impl.SDPBackend, "EFFICIENT_ATTENTION", SDPBackend.MATH)
+    valid = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    q, k, v = torch.randn(3, queries, 2, 16), torch.randn(3, 7, 2, 16), torch.randn(3, 7, 2, 16)
+    out, lse = sdpa_impl.efficient(q, k, v, valid, causal, 0.3, 0.0, None)
+    want, _ = reference.forward(q.double(), k.double(), v.double(), valid, causal, 0.3, 0.0, None)
+    assert lse is None
+    assert_as_good_as(out, want.float(), want, what="out")
+
+
+@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_efficient"])
+def test_gpu_back_ends_cannot_be_forced_on_a_cpu(name):
+    with use(attention=name), pytest.raises(NotImplementedError, match="needs a cuda tensor, got cpu"):
+        attention(*dense()[:3])

@@ -20,7 +20,10 @@ from miss.kernels.quant_linear import (
 )
 from miss.kernels.registry import use
 
-installed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: its products are not tested",
+)
 PACKS = {"nf4": (pack_nf4, library.NF4_OP), "llm-int8": (pack_llm_int8, library.LLM_INT8_OP)}
 
 
@@ -96,6 +99,19 @@ class TestProducts:
             x, weight, _ = tensors(3, columns, outputs)
             packed = pack_nf4(weight)
             torch.testing.assert_close(quant_linear(x, packed), x @ unpack(packed).T, atol=1e-4, rtol=1e-4)
+
+    def test_shapes_that_the_library_gets_wrong_are_refused_and_others_right(self) -> None:
+        """LLM.int8 of bitsandbytes 0.50.2 on a CPU: a matrix of one column gives what lies in memory."""
+        for outputs, columns in ((7, 1), (5, 3), (1, 64), (33, 100), (2, 7)):
+            x, weight, bias = torch.randn(3, columns), torch.randn(outputs, columns) * 0.1, torch.randn(outputs)
+            packed = pack_llm_int8(weight)
+            with use(quant_linear_llm_int8="reference"):
+                want = quant_linear(x.double(), packed, bias.double())
+            got = quant_linear(x, packed, bias)
+            assert (got - want).norm() / want.norm() < 8e-3, (outputs, columns)
+            if columns == 1:
+                with use(quant_linear_llm_int8="bitsandbytes"), pytest.raises(NotImplementedError, match="one column"):
+                    quant_linear(x, packed, bias)
 
     @pytest.mark.parametrize("name", PACKS)
     def test_the_gradient_is_that_of_the_unpacked_matrix(self, name: str) -> None:
