@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
+
+from miss.cli.flags import Positional
 
 
 @dataclass
@@ -46,9 +47,9 @@ class KernelArgs:
 class CompareArgs:
     """What got faster or slower beyond the noise. Exit code 1 where one of ours got slower by more than the limit."""
 
-    before: Annotated[Path, tyro.conf.Positional]
+    before: Annotated[Path, Positional]
     """What `miss bench kernels` wrote or printed: a file, or the folder."""
-    after: Annotated[Path, tyro.conf.Positional]
+    after: Annotated[Path, Positional]
     """The same of the later run."""
     limit: float = 10.0
     """Percent that one may be slower, seen against the ceilings and the peers of its run."""
