@@ -9,7 +9,9 @@ Knows flags, what is printed and which files are written; does not know how anyt
 """
 
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +34,20 @@ class KernelArgs:
     """float32, bfloat16, float16; w8a8, w8, w4: only these packed weights. Default: float32 bfloat16; bfloat16 float16
     on cuda."""
     shapes: tuple[str, ...] = ("base",)
-    """Of which models: small, base, large; or four numbers B,M,N,K, one linear of B * M rows."""
+    """Of which models: small, base, large; aims: those that the aims on a GPU are stated for; or four numbers B,M,N,K,
+    one linear of B * M rows."""
     repeats: int = 20
     """Samples of each; at most 7 where one takes over 0.3 s."""
     threads: int = 0
     """0: as PyTorch decides."""
+    minutes: float = 0.0
+    """No case begins after this time. 0: all are measured."""
+    plots: bool = True
+    """Draw what --out holds (needs matplotlib)."""
     json: bool = False
     """Print one JSON object and nothing else."""
     out: Path | None = None
-    """A folder for kernels-<device>.jsonl, a roofline and a plot an operation."""
+    """A folder for kernels-<device>.jsonl, written as cases are done, a roofline and a plot an operation."""
 
 
 @dataclass
@@ -131,13 +138,13 @@ def answer(args: AnswerArgs) -> int:
 
 def kernels(args: KernelArgs) -> int:
     from miss.benchmarks import record, report, suite
-    from miss.benchmarks.cases import Settings
+    from miss.benchmarks.cases import Cache, Case, Result, Settings
     from miss.benchmarks.ceilings import Ceilings
 
     device = _device(args)
     if args.out is not None:
-        import matplotlib  # noqa: F401  (what is not installed is said before ten minutes of measuring, not after)
-
+        if args.plots:
+            import matplotlib  # noqa: F401  (what is not installed is said before ten minutes of measuring, not after)
         args.out.mkdir(parents=True, exist_ok=True)
     cases = suite.select(args.op, args.dtype, args.shapes, device)
     if not cases:
@@ -148,14 +155,22 @@ def kernels(args: KernelArgs) -> int:
     ceilings = Ceilings(device)
     first = ceilings.record()
     say(f"{report.ceilings(first)}\n\n{report.heading()}")
-    settings = Settings(device, args.repeats)
-    result = suite.run(cases, settings, ceilings, _progress(args.json), lambda *one: say(report.block(*one)))
+    settings = Settings(device, args.repeats, time.time() + 60 * args.minutes if args.minutes else math.inf)
+    path = None if args.out is None else args.out / f"kernels-{device.type}.jsonl"
+
+    def show(case: Case, cache: Cache, one: Result, total: Result) -> None:
+        say(report.block(case, cache, one))
+        if path is not None:
+            record.write(path, record.summary(environment, first, total))
+
+    result = suite.run(cases, settings, ceilings, _progress(args.json), show)
     environment["after"] = record.moment()
     found = {**first, "after": ceilings.record()}
     say(report.ceilings(found["after"]))
     run = record.summary(environment, found, result)
-    if args.out is not None:
-        _write(args.out, run, say)
+    if path is not None:
+        record.write(path, run)
+        say(f"written: {path}" + (f" and {_draw(path.parent, run)} plots beside it" if args.plots else ""))
     print(json.dumps(run))
     return 1 if any(refused["ours"] for refused in result.refused) else 0
 
@@ -184,15 +199,13 @@ def _progress(quiet: bool) -> Callable[[list[Any]], Iterator[Any]]:
     return watched
 
 
-def _write(folder: Path, run: dict[str, Any], say: Callable[[str], None]) -> None:
-    from miss.benchmarks import plots, record
+def _draw(folder: Path, run: dict[str, Any]) -> int:
+    from miss.benchmarks import plots
 
-    path = folder / f"kernels-{run['environment']['device']}.jsonl"
-    record.write(path, run)
     pictures = plots.plots(run)
     for name, picture in pictures.items():
         (folder / name).write_bytes(picture)
-    say(f"written: {path} and {len(pictures)} plots beside it")
+    return len(pictures)
 
 
 def compare(args: CompareArgs) -> int:
