@@ -1,7 +1,6 @@
 """Linear and label-smoothed cross entropy as others compute it, with its gradient: eager, compiled, Liger.
 
-Knows PyTorch and Liger's function; does not know our implementations. None of it was ever run on a GPU here; Liger never
-at all.
+Knows PyTorch and Liger's function; does not know our implementations. Never run on a GPU here, Liger never at all.
 """
 
 import importlib.util

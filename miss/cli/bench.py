@@ -80,8 +80,10 @@ class AnswerArgs:
     """Of every answer."""
     precision: tuple[str, ...] = ("fp32", "bf16", "int8")
     """Of ours."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run. On cuda int8, and peers other than Hugging Face's and ours, are left out."""
     peers: tuple[str, ...] = ("headline",)
-    """Names, headline, all or none; what is not installed is said and left out."""
+    """Names, headline, gpu, all or none; what is not installed is said and left out."""
     rounds: int = 0
     """In each of which every peer answers once. 0: 15, of 8 images or more 7; quick: 7 and 5."""
     judged: int | None = None
@@ -98,15 +100,20 @@ class AnswerArgs:
     """Folder of what peers were converted to; default miss-engine/peers in the user's cache."""
     out: Path = Path("benchmarks/results")
     """For answer-<setting>.json, answer.md and plots."""
+    plots: bool = True
+    """Draw them (needs matplotlib)."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
 
 def answer(args: AnswerArgs) -> int:
-    import matplotlib  # noqa: F401  (said before the measuring, not after)
+    if args.plots:
+        import matplotlib  # noqa: F401  (said before the measuring, not after)
 
-    from miss.benchmarks import answer_models, answer_plots, answer_report, answer_settings, bench_answer
+    from miss.benchmarks import answer_models, answer_report, answer_settings, bench_answer
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch finds no CUDA device")
     if min(*args.batch, *args.questions_per_image, *args.tokens, args.together, 1) < 1:
         raise ValueError("--batch, --questions-per-image, --tokens, --together: wanted at least 1")
     work = (args.work or answer_models.default_work()).resolve()
@@ -124,12 +131,16 @@ def answer(args: AnswerArgs) -> int:
         args.data,
         work,
         args.threads,
+        args.device,
     )
     found = list(bench_answer.run(options, say))
     answer_report.with_groups(found)
     everything = answer_report.write(args.out, found)
-    for name, picture in answer_plots.plots(everything).items():
-        (args.out / name).write_bytes(picture)
+    if args.plots:
+        from miss.benchmarks import answer_plots
+
+        for name, picture in answer_plots.plots(everything).items():
+            (args.out / name).write_bytes(picture)
     if not args.json:
         print("\n".join(map(answer_report.table, found)))
     print(json.dumps(answer_report.summary(found)))
