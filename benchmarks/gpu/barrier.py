@@ -1,7 +1,7 @@
 """A barrier of all programs of a grid, again and again: what one costs bounds every kernel that would decode alone.
 
-Knows Triton; does not know operations, which is why it stands here and not in kernels/: no model ever calls it. Compiled
-for sm_80 and sm_90, never run on a GPU. The interpreter cannot run it: it takes programs one after another.
+Knows Triton; does not know operations, which is why it stands here and not in kernels/: no model ever calls it.
+Compiled for sm_80 and sm_90, never run on a GPU. The interpreter cannot run it: it takes programs one after another.
 """
 
 import torch

@@ -3,8 +3,8 @@
     python -m miss.benchmarks.gpu.machine --device cuda --result machine.json
 
 Knows the device, events and graphs; does not know operations. On a CPU the first ceilings are those of ceilings.py, and
-what only a GPU has is `not measured: needs CUDA`. A ceiling that cannot be measured says why; the others go on. The CUDA
-half was never run.
+what only a GPU has is `not measured: needs CUDA`. A ceiling that cannot be measured says why; the others go on. What is
+measured on CUDA was never run.
 """
 
 import argparse

@@ -3,9 +3,10 @@
 Knows the results' folder and the sources' hash; does not know what a part does. Imports no torch: the driver must
 outlive whatever torch does.
 
-suite.json: {"format", "source", "commit", "device", "quick", "environment", "parts": {name: part}}. A part has `status`
-(running, done, partial, failed, hung, skipped), `key`, `seconds`, `limit`, `exit_code`, `date`, `tail` of its log where
-it did not end well, and `result`, whatever it wrote. One that is `running` when the driver starts was killed with it.
+suite.json: {"format", "key", "source", "commit", "device", "quick", "environment", "parts": {name: part}, "notes"}. A
+part has `status` (running, done, partial, failed, hung, skipped), `key`, `seconds`, `limit`, `exit_code`, `date`, the
+`tail` of its log where it did not end well, and `result`, whatever it wrote. One that is `running` when the driver starts
+was killed with it.
 """
 
 import contextlib
@@ -49,11 +50,20 @@ def key_of(source: str, environment: dict[str, Any], quick: bool) -> str:
 
 
 class State:
-    """The state file of a folder. Every change is on disk at once."""
+    """The state file of a folder. Every change is on disk at once.
+
+    Raises:
+        ValueError: the folder's state cannot be read, or is of another key: what is measured must not be mixed.
+    """
 
     def __init__(self, folder: Path, head: dict[str, Any]) -> None:
         self.path = folder / NAME
-        before = read(self.path) if self.path.exists() else {"parts": {}}
+        before = read(self.path) if self.path.exists() else {"parts": {}, "key": head["key"]}
+        if before.get("key") != head["key"]:
+            raise ValueError(
+                f"{folder} holds results of other sources, another device, or another thoroughness "
+                f"({before.get('key')}; now {head['key']}): name another folder with --out"
+            )
         self.content: dict[str, Any] = {"format": FORMAT, **head, "parts": before["parts"]}
 
     @property

@@ -4,8 +4,8 @@ Knows transformers and torch's compiler and dynamic quantisation; does not know 
 `hf-fp32`, `hf-bf16` (eager), `hf-sdpa-fp32`, `hf-sdpa-bf16`, `hf-compiled-fp32`, `hf-compiled-bf16`, `torch-int8`.
 
 Its decoder keeps keys and values in its own cache, through its own `generate`. `compiled` are the image and the
-question encoder, with SDPA, frozen, or on a GPU captured as graphs; the decoder stays eager (its compilation did not end
-within minutes). On a GPU none of it was ever run.
+question encoder, with SDPA, frozen, or on a GPU captured as graphs; the decoder stays eager (its compilation did not
+end within minutes). On a GPU none of it was ever run.
 """
 
 import time
