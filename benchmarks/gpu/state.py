@@ -5,8 +5,8 @@ outlive whatever torch does.
 
 suite.json: {"format", "key", "source", "commit", "device", "quick", "environment", "parts": {name: part}, "notes"}. A
 part has `status` (running, done, partial, failed, hung, skipped), `key`, `seconds`, `limit`, `exit_code`, `date`, the
-`tail` of its log where it did not end well, and `result`, whatever it wrote. One that is `running` when the driver starts
-was killed with it.
+`tail` of its log where it did not end well, and `result`, whatever it wrote. One that is `running` when the driver
+starts was killed with it.
 """
 
 import contextlib

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from miss.benchmarks.peers.job import TOP, Job, Output
+from miss.benchmarks.rows import plain_rows
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.engine import Answer, Engine
 from miss.engine.runtime.sampler import SamplingParams
@@ -26,11 +27,7 @@ def convert(variant: str, checkpoint: Path, work: Path, calibration: list[Path])
 
 def load(variant: str, checkpoint: Path, work: Path, threads: int, dynamic: bool, device: str = "cpu") -> "MissEngine":
     precision = variant.rpartition("-")[2]
-    rows: dict[str, str] = {}
-    if variant.startswith("torch-"):
-        registry.load_all()
-        plain = {op.name: ("torch", "composed", "reference") for op in registry.OPS.values()}
-        rows = {name: next(row for row in wanted if row in registry.OPS[name].names) for name, wanted in plain.items()}
+    rows = plain_rows() if variant.startswith("torch-") else {}
     with registry.use(**rows):
         # Every run has new images: a large cache would be memory that is written for the first time, run by run.
         config = EngineConfig(cache_bytes=CACHE_BYTES)
