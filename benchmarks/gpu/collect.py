@@ -73,16 +73,17 @@ def _kernels(plan: Plan) -> None:
     if not texts:
         return
     before = plan.kernels.read_text(encoding="utf-8") if plan.kernels.exists() else ""
-    kept: dict[str, dict[str, Any]] = {}
-    for line in "\n".join([before, *texts]).splitlines():
-        row = _object(line)
-        if row is not None:
-            names = ("record", "op", "implementation", "shape", "dtype", "cache")
-            kept[json.dumps([row.get(name) for name in names])] = row
-    lines = sorted(kept.values(), key=lambda row: row["record"] not in ("environment", "ceilings"))
+    found = [row for line in "\n".join([before, *texts]).splitlines() if (row := _object(line)) is not None]
     temporary = plan.kernels.with_name(f".{plan.kernels.name}.new")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in joined(found)), encoding="utf-8")
     temporary.replace(plan.kernels)
+
+
+def joined(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of kernels-<device>.jsonl, the later of what says of the same; environment and ceilings first."""
+    names = ("record", "op", "implementation", "shape", "dtype", "cache")
+    kept = {json.dumps([line.get(name) for name in names]): line for line in lines}
+    return sorted(kept.values(), key=lambda line: line["record"] not in ("environment", "ceilings"))
 
 
 def _object(line: str) -> dict[str, Any] | None:

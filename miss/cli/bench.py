@@ -4,6 +4,7 @@
     miss bench kernels --op attention --dtype bfloat16 --shapes small --out runs/bench
     miss bench answer --preset base --peers headline --out benchmarks/results
     miss bench compare before.jsonl after.jsonl --limit 10
+    miss bench merge DIR                  what benchmarks/gpu_suite.sh wrote on a GPU, into this repository
 
 Knows flags, what is printed and which files are written; does not know how anything is measured.
 """
@@ -104,6 +105,38 @@ class AnswerArgs:
     """Draw them (needs matplotlib)."""
     json: bool = False
     """Print one JSON object and nothing else."""
+
+
+@dataclass
+class MergeArgs:
+    """Bring what `benchmarks/gpu_suite.sh` wrote on a GPU into the repository: evidence, results, a page of the aims."""
+
+    folder: Annotated[Path, Positional]
+    """What the suite wrote."""
+    into: Path = Path(".")
+    """The repository."""
+    any_source: bool = False
+    """Also results of other sources than the repository's; they then prove nothing of the present ones."""
+    trial: bool = False
+    """Also results of a CPU or of --quick, which prove nothing."""
+    json: bool = False
+    """Print one JSON object instead of the page."""
+
+
+def merge(args: MergeArgs) -> int:
+    from dataclasses import asdict
+
+    from miss.benchmarks.gpu import merge as merging
+
+    if not (args.into / "kernels" / "evidence.json").exists():
+        raise ValueError(f"--into {args.into}: no kernels/evidence.json there; wanted the repository's root")
+    found = merging.merge(args.folder, args.into, args.any_source, args.trial)
+    if args.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    print(found.page)
+    print(f"{found.records} records added to the {found.kept} that were there; written: {', '.join(found.written)}")
+    return 0
 
 
 def answer(args: AnswerArgs) -> int:
@@ -245,4 +278,9 @@ def _differs(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {a} before, {b} after" for name, (a, b) in pairs.items() if a != b)
 
 
-COMMANDS = {"kernels": (KernelArgs, kernels), "answer": (AnswerArgs, answer), "compare": (CompareArgs, compare)}
+COMMANDS = {
+    "kernels": (KernelArgs, kernels),
+    "answer": (AnswerArgs, answer),
+    "compare": (CompareArgs, compare),
+    "merge": (MergeArgs, merge),
+}
