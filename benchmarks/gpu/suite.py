@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from miss.benchmarks.gpu import collect, process, state
+from miss.benchmarks.gpu.jobs import last_object
 from miss.benchmarks.gpu.plan import Plan, python
 from miss.benchmarks.gpu.state import ROOT, State
 
@@ -142,10 +143,9 @@ def _probe(plan: Plan) -> dict[str, Any]:
     )
     log.unlink(missing_ok=True)
     ended = process.run([sys.executable, "-c", code], plan.environment(), ROOT, log, _PROBE, print)
-    said = process.tail(log).splitlines()
-    if ended.code or ended.hung or not said[-1].startswith("{"):
-        raise ValueError(f"no {plan.device} device answers: {said[-1] if said else 'nothing was said'}")
-    found: dict[str, Any] = json.loads(said[-1])
+    found = last_object(process.tail(log))
+    if ended.code or ended.hung or found is None:
+        raise ValueError(f"no {plan.device} device answers: {process.last_line(log)}")
     return found
 
 

@@ -29,7 +29,7 @@ KERNELS = (  # folders of kernels/, the most valuable first; their share of the 
     ("linear_top_k", 0.5, False),
 )
 _AIMS, _TINY = "aims", "aims-tiny"  # what aims.py calls its shapes; importing it would import torch
-_QUICK_KERNELS = ("attention", "cross_entropy")
+_QUICK_KERNELS = ("attention",)
 _WORKERS = 6  # test processes beside each other: a compilation keeps a core, and the GPU's memory is shared
 _FOR_A_GPU = re.compile(r"\bmark\.gpu\b|\bDEVICES\b|\btriton\.device\b")  # what a file with tests for one says
 _OUTCOME = re.compile(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
@@ -74,6 +74,8 @@ def kernels(plan: Plan) -> tuple[list[Job], int]:
             )
 
         jobs.append(Job(folder, command, weight, read=_counted, fine=(1,)))  # 1: one of ours is wrong, and says so
+    few = ["--device", plan.device, *(["--quick"] if plan.quick else [])]
+    jobs.append(Job("memory", lambda seconds: python("miss.benchmarks.gpu.memory", *few), 0.5))
     return jobs, 1
 
 
@@ -90,17 +92,19 @@ def _counted(log: str) -> Any:
 def answers(plan: Plan) -> tuple[list[Job], int]:
     """Whole answers: eager, SDPA, compiled, ours on PyTorch's rows, without graphs, and with them."""
     if plan.quick:
-        points: dict[str, list[str]] = {"b1": ["--preset", "small", "--tokens", "2", "--rounds", "1"]}
+        few = ["--preset", "small", "--tokens", "2", "--rounds", "1", "--peers", "miss-nographs-bf16"]
+        points: dict[str, list[str]] = {"b1": few}
     else:
+        # Compiling takes Hugging Face's model most of a minute at each new shape: at one answer alone.
+        many = ["--tokens", "4", "--rounds", "7", "--peers", "hf-sdpa-bf16", "miss-nographs-bf16"]
         points = {
-            "b1": ["--tokens", "4", "--rounds", "30"],
-            "b32": ["--batch", "32", "--tokens", "4", "--rounds", "7"],
-            "q64": ["--questions-per-image", "64", "--tokens", "4", "--rounds", "7"],
+            "b1": ["--tokens", "4", "--rounds", "30", "--peers", "gpu"],
+            "b32": ["--batch", "32", *many],
+            "q64": ["--questions-per-image", "64", *many],
         }
-    peers = ["miss-nographs-bf16"] if plan.quick else ["gpu"]
 
     def command(words: list[str]) -> Callable[[float], list[str]]:
-        fixed = ["bench", "answer", "--device", plan.device, "--precision", "bf16", "--peers", *peers, "--judged", "0"]
+        fixed = ["bench", "answer", "--device", plan.device, "--precision", "bf16", "--judged", "0"]
         folders = ["--out", str(plan.work / "answers"), "--work", str(plan.work / "models")]
         return lambda seconds: python("miss", *fixed, *words, *folders, "--no-plots", "--json")
 

@@ -109,7 +109,7 @@ class AnswerArgs:
 
 @dataclass
 class MergeArgs:
-    """Bring what `benchmarks/gpu_suite.sh` wrote on a GPU into the repository: evidence, results, a page of the aims."""
+    """Bring what `benchmarks/gpu_suite.sh` wrote on a GPU into the repository: evidence, results, a page of aims."""
 
     folder: Annotated[Path, Positional]
     """What the suite wrote."""
