@@ -74,12 +74,13 @@ def run(
 
 def end(process: "subprocess.Popen[bytes]", nested: bool = False) -> None:
     """Ends a process and whatever it has started, politely first."""
+    started = members(process.pid, nested)  # while their parents still say so
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE)
-    for pid in members(process.pid, nested):
+    for pid in {*started, *members(process.pid, nested)}:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
@@ -87,15 +88,24 @@ def end(process: "subprocess.Popen[bytes]", nested: bool = False) -> None:
     process.wait()
 
 
-def members(leader: int, group: bool = False) -> list[int]:
-    """All processes of a session (or only of a group) but its leader: what children have started is among them."""
-    found = []
+def members(leader: int, nested: bool = False) -> list[int]:
+    """All processes of a leader's session, itself excepted; of a nested one all that it has started or that are of its
+    group (what has left both, ends with the session)."""
+    parents, found = {}, []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            state, _, of_group, of_session, *_ = path.read_text().rpartition(")")[2].split()
-            if int(of_group if group else of_session) == leader and state != "Z" and int(path.parent.name) != leader:
-                found.append(int(path.parent.name))
-    return found
+            state, parent, group, session, *_ = path.read_text().rpartition(")")[2].split()
+            pid = int(path.parent.name)
+            parents[pid] = int(parent)
+            if state != "Z" and pid != leader and int(group if nested else session) == leader:
+                found.append(pid)
+    return found if not nested else list({*found, *_below(leader, parents)})
+
+
+def _below(leader: int, parents: dict[int, int]) -> list[int]:
+    """All descendants."""
+    children = [pid for pid, parent in parents.items() if parent == leader]
+    return children + [pid for child in children for pid in _below(child, parents)]
 
 
 def last_line(log: Path) -> str:

@@ -40,7 +40,7 @@ def tests(plan: Plan) -> tuple[list[Job], int]:
     found = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: ("triton" not in path.parts, path))
     files = [path.relative_to(ROOT).as_posix() for path in found if _FOR_A_GPU.search(path.read_text("utf-8"))]
     if plan.device == "cpu":
-        files = ["tests/kernels/test_ema.py"]
+        files = ["tests/kernels/test_memory.py"]
     marks = ["-m", "gpu"] if plan.device == "cuda" else []
 
     def command(file: str) -> Callable[[float], list[str]]:
