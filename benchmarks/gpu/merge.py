@@ -53,7 +53,15 @@ def read(folder: Path) -> Results:
     wanted = ("op", "shape", "dtype", "cache", "implementation", "median_ms", "ours", "gbps")
     if any(name not in row for row in results.rows for name in wanted):
         raise ValueError(f"{folder / f'kernels-{device}.jsonl'}: a row without one of {', '.join(wanted)}")
+    for label, one in results.answers.items():
+        rows = one.get("rows") if isinstance(one, dict) else None
+        if not isinstance(rows, dict) or not all(_has_median(row) for row in rows.values()):
+            raise ValueError(f"{folder / 'answers.json'}: {label} is no result of `miss bench answer`")
     return results
+
+
+def _has_median(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("ms"), dict) and "median" in row["ms"]
 
 
 def _text(path: Path) -> str | None:
@@ -83,8 +91,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             one = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(one, dict):
-            raise ValueError(f"{path}, line {number}: wanted an object")
+        if not isinstance(one, dict) or "record" not in one:
+            raise ValueError(f"{path}, line {number}: wanted an object that says which record it is")
         found.append(one)
     return found
 

@@ -124,8 +124,6 @@ def test_a_damaged_file_is_named_and_nothing_is_written(tmp_path, root, name, te
     folder = results(tmp_path / "run", root, found=[dataclasses.replace(RECORD, op="toy2")])
     (folder / name).write_text(text)
     before = (root / "kernels" / "evidence.json").read_bytes()
-    if name == "answers.json" and text.endswith("[1]}"):
-        return  # an object, as it should be
     assert run(["bench", "merge", str(folder), "--into", str(root)]) == 1
     assert name in capsys.readouterr().err
     assert (root / "kernels" / "evidence.json").read_bytes() == before and not (root / "benchmarks").exists()
