@@ -8,6 +8,7 @@ left there is added to, and what one of another key has left is kept beside, wit
   evidence.json         kernels/evidence.json, refused where it is a CPU's
   kernels-cuda.jsonl    benchmarks/results/kernels-<gpu>.jsonl
   answers.json          benchmarks/results/answers-<gpu>.json
+  tuned.json            kernels/tuned/<gpu>.json, place by place; not from other sources
   suite.json            benchmarks/results/suite-<gpu>.json
   (written)             benchmarks/results/gpu-<gpu>.md
 """
@@ -21,9 +22,11 @@ from typing import Any
 from miss.benchmarks.gpu import collect, pack, state, summary
 from miss.benchmarks.gpu.summary import Results
 from miss.kernels import evidence
+from miss.kernels.launches import Launch, file_name
 
 RESULTS = Path("benchmarks") / "results"
 EVIDENCE = Path("kernels") / "evidence.json"
+TUNED = Path("kernels") / "tuned"
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def merge(folder: Path, root: Path, any_source: bool = False, trial: bool = Fals
         ValueError: see `read`; or the results are of other sources than the repository's and `any_source` is not said,
             or of a CPU or a quick run and `trial` is not; or the repository's own evidence is damaged.
     """
-    results, records = read(folder), _records(folder)
+    results, records, tuned = read(folder), _records(folder), _tuned(folder)
     source, here = results.state["source"], state.source_hash(root)
     if source != here and not any_source:
         commit = results.state.get("commit") or "unknown"
@@ -121,6 +124,8 @@ def merge(folder: Path, root: Path, any_source: bool = False, trial: bool = Fals
         evidence.write(root / EVIDENCE, fresh)
         (root / EVIDENCE).with_name(f".{EVIDENCE.name}.lock").unlink(missing_ok=True)
         written.append(EVIDENCE.as_posix())
+    if tuned.get("table") and source == here:
+        written.append(_tune(root, tuned["gpu"], tuned["table"]))
     results = _together(root / RESULTS, results)
     page = summary.page(results, state.now()[:10])
     for name, text in _files(results, page).items():
@@ -177,6 +182,28 @@ def _records(folder: Path) -> list[evidence.Record]:
     if not path.exists() and packed.exists():
         raise ValueError(f"{packed}: unpack it first (gunzip)")
     return [record for record in evidence.read(path) if record.gpu != "cpu"]
+
+
+def _tuned(folder: Path) -> dict[str, Any]:
+    found = _object(folder / "tuned.json")
+    try:
+        for places in found.get("table", {}).values():
+            for launch in places.values():
+                Launch(**launch)
+        if found and not isinstance(found["gpu"], str):
+            raise TypeError("no gpu")
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / 'tuned.json'}: is no table of launches ({error})") from None
+    return found
+
+
+def _tune(root: Path, gpu: str, table: dict[str, dict[str, Any]]) -> str:
+    """Adds to what was tuned on that GPU before; the file's name."""
+    name = TUNED / file_name(gpu)
+    before = _object(root / name)
+    together = {op: {**before.get(op, {}), **table.get(op, {})} for op in sorted({*before, *table})}
+    state.write_json(root / name, together)
+    return name.as_posix()
 
 
 def newer(before: list[evidence.Record], found: list[evidence.Record], present: bool = True) -> list[evidence.Record]:

@@ -57,6 +57,10 @@ def _evidence(plan: Plan) -> list[str]:
     return python("miss", "kernels", "validate", *words, *(few if plan.quick else []))
 
 
+def _tune(plan: Plan) -> list[str]:
+    return python("miss.benchmarks.gpu.tune", *plan.flags(), "--result", str(plan.result("tune")))
+
+
 PARTS = (
     Part("machine", "the machine and its ceilings", 1.0, _machine),
     Part("tests", "tests on the device", 3.0, _jobs("tests")),
@@ -65,6 +69,7 @@ PARTS = (
     Part("answers", "whole answers: eager, SDPA, compiled, ours with and without graphs", 3.0, _jobs("answers")),
     Part("finetune", "a finetuning step", 1.5, _jobs("finetune")),
     Part("profiles", "profiles of an answer", 1.0, _jobs("profiles")),
+    Part("tune", "launch configurations of our kernels, each in turn", 1.5, _tune),
 )
 
 

@@ -126,8 +126,8 @@ def _memory(results: Results) -> float | None:
     found = results.job("kernels", "memory").get("contrastive")
     if not isinstance(found, dict):
         return None
-    rows = [found.get(name) for name in ("triton", "torch")]
-    return rows[0] / rows[1] if all(isinstance(row, int) and row > 0 for row in rows) else None
+    ours, eager = found.get("triton"), found.get("torch")
+    return ours / eager if isinstance(ours, int) and isinstance(eager, int) and eager > 0 else None
 
 
 _VIT = "vit B=32 T={} H=12 D=64"

@@ -101,6 +101,25 @@ def test_results_of_other_sources_are_refused_unless_it_is_said_and_then_replace
     assert records(root) == {RECORD.key: RECORD, other.key: other}
 
 
+def test_what_was_tuned_is_added_place_by_place_and_not_from_other_sources(tmp_path, root):
+    def tuned(name, kind, num_warps, **head):
+        folder = results(tmp_path / name, root, **head)
+        table = {"attention": {kind: {"blocks": {"BM": 64}, "num_warps": num_warps, "num_stages": 2}}}
+        (folder / "tuned.json").write_text(json.dumps({"gpu": "NVIDIA H200", "table": table}))
+        return folder
+
+    path = root / "kernels" / "tuned" / "NVIDIA_H200.json"
+    merging.merge(tuned("a", "long", 4), root)
+    merging.merge(tuned("b", "short", 8), root)
+    merging.merge(tuned("c", "long", 2, source="f" * 16), root, any_source=True)
+    assert {kind: x["num_warps"] for kind, x in json.loads(path.read_text())["attention"].items()} == {
+        "long": 4, "short": 8,
+    }  # fmt: skip
+    (tmp_path / "a" / "tuned.json").write_text('{"gpu": "NVIDIA H200", "table": {"attention": {"long": {"warps": 4}}}}')
+    with pytest.raises(ValueError, match=r"tuned\.json"):
+        merging.merge(tmp_path / "a", root)
+
+
 def test_a_second_run_adds_and_one_of_another_key_lies_beside(tmp_path, root):
     merging.merge(results(tmp_path / "a", root), root)
     tests = {"tests": {"status": "done", "seconds": 1.0, "result": {}}, "machine": {"status": "failed"}}
