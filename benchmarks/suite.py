@@ -84,7 +84,14 @@ def run(
             name = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
             total.skipped.append({**name, "implementation": "all", "reason": "the time was over"})
             continue
-        one = measure(case, cache, settings, ceilings)
+        try:
+            one = measure(case, cache, settings, ceilings)
+        except (
+            Exception
+        ) as error:  # of one case's inputs or truth, or a device that is lost: said, and the next is taken
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            name = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
+            one = Result(refused=[{**name, "implementation": "all", "ours": True, "reason": reason}])
         total.rows += one.rows
         total.refused += [r for r in one.refused if r not in total.refused]
         total.skipped += [s for s in one.skipped if s not in total.skipped]

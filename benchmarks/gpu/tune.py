@@ -4,8 +4,8 @@
 
 Knows tables of launches, calls and records; does not know any kernel. Each configuration is measured as evidence is: it
 must be right by the error rule, and its time is the row's own. What `miss bench merge` makes kernels/tuned/<gpu>.json
-of is in tuned.json. On a CPU nothing is measured, and it says so. Never run on a GPU; its order of events is tested with
-interpreted kernels.
+of is in tuned.json. On a CPU nothing is measured, and it says so. Never run on a GPU; its order of events is tested
+with interpreted kernels.
 """
 
 import argparse

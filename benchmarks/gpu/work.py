@@ -29,7 +29,7 @@ KERNELS = (  # folders of kernels/, the most valuable first; their share of the 
     ("linear_top_k", 0.5, False),
 )
 _AIMS, _TINY = "aims", "aims-tiny"  # what aims.py calls its shapes; importing it would import torch
-_QUICK_KERNELS = ("attention",)
+_QUICK_KERNELS = ("cross_entropy",)
 _WORKERS = 6  # test processes beside each other: a compilation keeps a core, and the GPU's memory is shared
 _FOR_A_GPU = re.compile(r"\bmark\.gpu\b|\bDEVICES\b|\btriton\.device\b")  # what a file with tests for one says
 _OUTCOME = re.compile(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
