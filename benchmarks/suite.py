@@ -86,9 +86,7 @@ def run(
             continue
         try:
             one = measure(case, cache, settings, ceilings)
-        except (
-            Exception
-        ) as error:  # of one case's inputs or truth, or a device that is lost: said, and the next is taken
+        except Exception as error:  # of its inputs or truth, or a device that is lost: it is said, and the next goes on
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             name = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
             one = Result(refused=[{**name, "implementation": "all", "ours": True, "reason": reason}])
