@@ -283,6 +283,16 @@ def test_rows_of_several_runs_are_one_file_and_half_a_line_is_dropped(tmp_path):
     assert next(line for line in found if line.get("shape") == "1")["median_ms"] == 2
 
 
+def test_evidence_that_ran_out_of_time_is_gone_on_with(tmp_path):
+    plan = plan_of(tmp_path)
+    plan.evidence.write_text('{"format": 1, "records": []}')
+    first, then = "$ miss kernels validate\nthe time is over before …\n", "\n$ miss kernels validate\n1 measured\n"
+    (plan.logs / "evidence.log").write_text(first)
+    assert not collect.result_of("evidence", plan)["complete"]
+    (plan.logs / "evidence.log").write_text(first + then)
+    assert collect.result_of("evidence", plan)["complete"]
+
+
 def test_a_work_folder_of_somebody_else_is_not_emptied(tmp_path):
     plan = plan_of(tmp_path)
     (plan.work / "thesis.tex").touch()
