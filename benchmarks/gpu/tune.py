@@ -145,7 +145,7 @@ def asked(call: Call, impl: Impl) -> dict[Place, tuple[Launch, ...]]:
 
 def everything(device: torch.device) -> Iterable[tuple[Call, Impl]]:
     """Calls of base in bfloat16 at several batches, with every Triton row that takes them."""
-    config = MissConfig.preset("base")
+    config, seen = MissConfig.preset("base"), set[tuple[str, str, str]]()
     for images, rows in _BATCHES:
         shapes = Shapes(config, torch.bfloat16, device, images, rows, laid_out=False)
         table, more = calls(shapes), variants(shapes)
@@ -159,8 +159,13 @@ def everything(device: torch.device) -> Iterable[tuple[Call, Impl]]:
                     print(f"{name}: {type(error).__name__}", flush=True)
                     continue
                 for one in found:
-                    rows_of = [i for i in one.op.impls if i.sources and one.op.cannot(i, *one.args) is None]
-                    yield from ((one, impl) for impl in rows_of)
+                    for impl in one.op.impls:
+                        key = (one.op.name, one.shape_class, impl.name)
+                        # With a gradient both tables are asked, each of which has a call of its own.
+                        if one.wanted or not impl.sources or key in seen or one.op.cannot(impl, *one.args):
+                            continue
+                        seen.add(key)
+                        yield one, impl
 
 
 def report(search: Search) -> dict[str, Any]:
