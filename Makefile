@@ -3,6 +3,7 @@
 # make bench           whole answers against Hugging Face, ONNX Runtime and OpenVINO: the headline, under 20 minutes
 # make bench-all       the same for all peers, batches, sizes and answer lengths; some hours
 # make bench-kernels   every operation against this machine's ceilings, into benchmarks/results/
+# make gpu-suite       on a GPU: ceilings, tests, evidence, benchmarks, profiles into $OUT or runs/gpu-suite, 9 minutes
 # make sanitize        the CPU kernels under address and undefined-behaviour sanitizers, some minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ CSRC := $(shell find csrc -path csrc/tests -prune -o -name "*.cpp" -print -o -na
 EXTRAS := dicom,train,evaluate,weights,zero,test
 
 .DEFAULT_GOAL := help
-.PHONY: help answer setup test check parity torture sanitize bench bench-all bench-kernels clean
+.PHONY: help answer setup test check parity torture sanitize bench bench-all bench-kernels gpu-suite clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -73,6 +74,10 @@ bench-all: $(VENV)/.peers
 	@$(RUN) miss bench answer --preset base --batch 1 2 4 8 --questions-per-image 1 8 64 --judged 0 --out benchmarks/results
 	@$(RUN) miss bench answer --preset base --image-size 224 384 480 --tokens 2 4 8 16 --judged 0 --out benchmarks/results
 	@$(RUN) miss bench answer --preset small --peers all --out benchmarks/results
+
+# Builds and installs nothing: a machine with a GPU has what it needs (docs/gpu/README.md).
+gpu-suite:
+	@benchmarks/gpu_suite.sh
 
 torture: $(VENV)/.setup
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -m torture

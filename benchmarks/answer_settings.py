@@ -39,6 +39,7 @@ class Options:
     data: Path | None = None
     work: Path = field(default_factory=answer_models.default_work)
     threads: int = 0
+    device: str = "cpu"
 
     def rounds_of(self, setting: Setting) -> int:
         """A batch takes so long that fewer rounds say as much."""

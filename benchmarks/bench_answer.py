@@ -31,12 +31,14 @@ _REFERENCE = "hf-fp32"  # what every precision of ours is held against, besides 
 
 def run(options: Options, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Measures each setting; a result for each, the errors of the shipped checkpoint in every one."""
-    peers, absent = chosen(options.peers)
-    ours = [entry for entry in OURS if entry.precision in options.precisions]
+    peers, absent = chosen(options.peers, options.device)
+    wanted = [entry for entry in OURS if entry.precision in options.precisions]
+    absent |= {entry.name: reason for entry in wanted if (reason := entry.misses_device(options.device))}
+    ours = [entry for entry in wanted if entry.name not in absent]
     for name, reason in absent.items():
         say(f"{name}: {reason}")
     judged = _judged(options, [*ours, *peers], say) if options.judged else {}
-    ceilings = Ceilings(torch.device("cpu"))
+    ceilings = Ceilings(torch.device(options.device))
     for setting in options.settings:
         yield _setting(setting, options, ours, peers, absent, ceilings, say) | {"answers": judged}
 
@@ -58,7 +60,7 @@ def _setting(
     job.save(file)
     rows: dict[str, Any] = {}
     ratios: dict[str, Any] = {}
-    environment = {**record.environment(torch.device("cpu")), "before": record.moment()}
+    environment = {**record.environment(torch.device(options.device)), "before": record.moment()}
     for start in range(0, max(1, len(peers)), options.together):
         group = peers[start : start + options.together]
         say(f"{setting.label}: {', '.join(entry.name for entry in [*ours, *group])}")
@@ -88,7 +90,8 @@ def _group(
     threads = options.threads or torch.get_num_threads()
     reads: list[float] = []
     names = [entry.name for entry in entries]
-    make = [functools.partial(PeerProcess, entry, model.checkpoint, model.work, threads) for entry in entries]
+    start = functools.partial(PeerProcess, checkpoint=model.checkpoint, work=model.work, threads=threads)
+    make = [functools.partial(start, entry, device=options.device) for entry in entries]
     ours = frozenset(entry.name for entry in entries if entry.ours)
     with answer_rounds.started(make, failed, names) as alive:
         found, dropped = answer_rounds.in_turn(
@@ -163,7 +166,7 @@ def _judged(options: Options, entries: list[Entry], say: Callable[[str], None]) 
         try:
             if _converted(entry, model, options, failed, say):
                 threads = options.threads or torch.get_num_threads()
-                with PeerProcess(entry, model.checkpoint, model.work, threads, dynamic=True) as peer:
+                with PeerProcess(entry, model.checkpoint, model.work, threads, True, options.device) as peer:
                     found[entry.name] = answer_errors.answers(peer, jobs, model.work / "jobs", lambda count: None)
         except PeerError as error:
             failed[entry.name] = str(error)

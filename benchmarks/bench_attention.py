@@ -24,15 +24,15 @@ def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for dtype in dtypes:
         for tokens in _LENGTHS if shapes.name == "base" else (shapes.tokens,):
             for width in (64, 32) if shapes.name == "base" else (wide,):
-                yield _case("vit", 1, tokens, vision.num_heads, width, dtype)
-        yield _case("vit", IMAGES, shapes.tokens, vision.num_heads, wide, dtype)
-        yield _case("bert", IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype, padded=True)
-        yield _case("decoder", IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype, causal=True)
+                yield case("vit", 1, tokens, vision.num_heads, width, dtype)
+        yield case("vit", IMAGES, shapes.tokens, vision.num_heads, wide, dtype)
+        yield case("bert", IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype, padded=True)
+        yield case("decoder", IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype, causal=True)
         yield _backward("vit", 2, shapes.tokens, vision.num_heads, wide, dtype)
         yield _backward("bert", 6 * IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype)
 
 
-def _case(
+def case(
     tower: str, batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype, padded=False, causal=False
 ) -> Case:
     """q, k and v are views of one packed projection, as the model's are."""

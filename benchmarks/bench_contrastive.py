@@ -20,7 +20,7 @@ def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     if shapes.custom is not None:
         return
     for dtype in dtypes:
-        yield _loss(_ROWS, _QUEUE, dtype)
+        yield loss(_ROWS, _QUEUE, dtype)
         yield _draw(_ROWS, dtype)
 
 
@@ -28,7 +28,7 @@ def _features(generator: torch.Generator, rows: int, dtype: torch.dtype) -> Tens
     return F.normalize(normal(generator, rows, _WIDTH), dim=1).to(dtype)
 
 
-def _loss(rows: int, queue: int, dtype: torch.dtype) -> Case:
+def loss(rows: int, queue: int, dtype: torch.dtype) -> Case:
     def make(generator: torch.Generator) -> tuple[Tensor, ...]:
         features = (_features(generator, n, dtype) for n in (rows, rows, rows, queue))
         return *features, torch.full((), _TEMPERATURE, device=generator.device)

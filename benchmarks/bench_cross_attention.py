@@ -24,7 +24,7 @@ def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for dtype in dtypes:
         for width in (64, 32) if shapes.name == "base" else (own,):
             for images, questions in ((1, 1), (1, IMAGES), (4, 4 * IMAGES)):
-                yield _case(shapes.tokens, images, questions, encoder.num_heads, width, dtype)
+                yield case(shapes.tokens, images, questions, encoder.num_heads, width, dtype)
         for questions in (1, 3, IMAGES):
             source = shapes.preset.vision.hidden_size
             yield _absorbed(shapes.tokens, questions, encoder.num_heads, own, source, dtype)
@@ -34,7 +34,7 @@ def _index(images: int, questions: int, device: torch.device) -> Tensor:
     return torch.arange(questions, dtype=torch.int32, device=device) * images // questions
 
 
-def _case(tokens: int, images: int, questions: int, heads: int, width: int, dtype: torch.dtype) -> Case:
+def case(tokens: int, images: int, questions: int, heads: int, width: int, dtype: torch.dtype) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         q = normal(generator, questions, _TEXT, heads, width, dtype=dtype)
         source = KV(*(normal(generator, images, tokens, heads, width, dtype=dtype) for _ in range(2)))

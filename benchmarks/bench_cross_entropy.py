@@ -18,10 +18,10 @@ def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
         return
     decoder = shapes.preset.decoder
     for dtype in dtypes:
-        yield _case(_ROWS, decoder.vocab_size, decoder.hidden_size, dtype)
+        yield case(_ROWS, decoder.vocab_size, decoder.hidden_size, dtype)
 
 
-def _case(rows: int, vocabulary: int, columns: int, dtype: torch.dtype) -> Case:
+def case(rows: int, vocabulary: int, columns: int, dtype: torch.dtype) -> Case:
     def make(generator: torch.Generator) -> tuple[Tensor, ...]:
         labels = torch.randint(0, vocabulary, (rows,), generator=generator, device=generator.device)
         hidden, table = normal(generator, rows, columns, dtype=dtype), weight(generator, vocabulary, columns, dtype)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miss.benchmarks.rows import plain_rows
 from miss.engine.data.loader import GroupedLoader, GroupedSampler, Row
 from miss.engine.training.config import TrainConfig
 from miss.engine.training.flops import matmul_ceiling
@@ -64,10 +65,12 @@ def make_rows(num_images: int, num_questions: int) -> list[list[Row]]:
 def make_trainer(mode: str, grouped: bool, args: argparse.Namespace, folder: Path) -> Trainer:
     base = MissConfig.preset("small")
     no_dropout: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0}
+    layers: dict[str, Any] = {"num_layers": args.layers} if args.layers else {}
     model_config = dataclasses.replace(
         base,
-        encoder=dataclasses.replace(base.encoder, **no_dropout),
-        decoder=dataclasses.replace(base.decoder, **no_dropout),
+        vision=dataclasses.replace(base.vision, **layers),
+        encoder=dataclasses.replace(base.encoder, **no_dropout, **layers),
+        decoder=dataclasses.replace(base.decoder, **no_dropout, **layers),
         preprocess=dataclasses.replace(base.preprocess, image_size=args.size),
     )
     rows = make_rows(args.images, args.questions)
@@ -125,8 +128,7 @@ def measure(mode: str, args: argparse.Namespace, folder: Path, ceiling: float) -
 
 def measure_rows(mode: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The grouped step by the operations' rows that run here against the `torch` rows, in turn."""
-    registry.load_all()
-    plain = {op.name: "torch" for op in registry.OPS.values()}
+    plain = plain_rows()
     trainers = {name: make_trainer(mode, True, args, folder) for name in ("chosen", "torch")}
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for repeat in range(args.repeats + 1):
@@ -148,6 +150,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--layers", type=int, default=0, help="of every tower; 0: as the preset has them")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--modes", default="cached,frozen,trained")
     parser.add_argument("--rows", action="store_true", help="the rows that run here against the torch rows instead")

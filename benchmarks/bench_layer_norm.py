@@ -45,9 +45,9 @@ def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for dtype in dtypes:
         for tower, rows, columns in places:
             for way in WAYS:
-                yield _case(way, tower, rows, columns, dtype)
-        yield _backward("layer_norm_backward", shapes.tokens, wide, dtype)
-        yield _backward("add_layer_norm_backward", 48 * NUM_QUESTION_TOKENS, width, dtype)
+                yield case(way, tower, rows, columns, dtype)
+        yield backward("layer_norm_backward", shapes.tokens, wide, dtype)
+        yield backward("add_layer_norm_backward", 48 * NUM_QUESTION_TOKENS, width, dtype)
 
 
 def _inputs(generator: torch.Generator, matrices: int, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
@@ -57,7 +57,7 @@ def _inputs(generator: torch.Generator, matrices: int, rows: int, columns: int, 
     return [*xs, weight, normal(generator, columns, dtype=dtype, size=0.1)]
 
 
-def _case(way: Way, tower: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
+def case(way: Way, tower: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
     matrix = rows * columns * dtype.itemsize
     return Case(
         way.op, f"{tower} M={rows} C={columns}", str(dtype).removeprefix("torch."),
@@ -69,7 +69,7 @@ def _case(way: Way, tower: str, rows: int, columns: int, dtype: torch.dtype) -> 
     )  # fmt: skip
 
 
-def _backward(op: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
+def backward(op: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
     """Gradients of x, weight and bias from those of y (and of the sum)."""
     adds = op.startswith("add")
 

@@ -75,7 +75,8 @@ def _into(one: Linear, dtype: torch.dtype) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         x = normal(generator, one.rows, one.columns, dtype=dtype)
         bias = normal(generator, one.outputs, dtype=dtype, size=0.1)
-        return x, weight(generator, one.outputs, one.columns, dtype), bias, by_pieces(one.rows, one.outputs, dtype)
+        table = weight(generator, one.outputs, one.columns, dtype)
+        return x, table, bias, by_pieces(one.rows, one.outputs, dtype, generator.device)
 
     def bind(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Bound:
         panels = prepare(weight)

@@ -98,7 +98,7 @@ def _into(linear: Linear, dtype: torch.dtype) -> Case:
         x = normal(generator, linear.rows, linear.columns, dtype=dtype)
         bias = normal(generator, linear.outputs, dtype=dtype, size=0.1)
         packed = int8_weight(generator, linear.outputs, linear.columns, True)
-        return x, packed, bias, by_pieces(linear.rows, linear.outputs, dtype)
+        return x, packed, bias, by_pieces(linear.rows, linear.outputs, dtype, generator.device)
 
     def run(x: Tensor, weight: PackedWeight, bias: Tensor, out: Tensor) -> Bound:
         prepared = prepare(weight)

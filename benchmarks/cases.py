@@ -3,6 +3,7 @@
 Knows their fields; does not know how anything is measured.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +26,7 @@ class Peer:
     missing: str | None = None  # why it cannot run here
     tolerance: float | None = None  # where its arithmetic is another
     results: int | None = None  # how many of the results it gives, where not all
+    skips: int = 0  # how many of the first results it does not give
 
 
 @dataclass(frozen=True)
@@ -98,3 +100,4 @@ class Result:
 class Settings:
     device: torch.device
     repeats: int = 20
+    deadline: float = math.inf  # of time.time(), after which no case begins

@@ -102,7 +102,8 @@ def _runners(case: Case, inputs: tuple[Any, ...], result: Result) -> list[Runner
         if peer.missing:
             result.skipped.append({**name, "implementation": peer.name, "reason": peer.missing})
         else:
-            runners.append(Runner(peer.name, False, False, peer.bind, {}, peer.tolerance or tolerance, peer.results))
+            allowed = peer.tolerance or tolerance
+            runners.append(Runner(peer.name, False, False, peer.bind, {}, allowed, peer.results, peer.skips))
     return runners
 
 

@@ -33,7 +33,7 @@ def int4_weight(generator: torch.Generator, outputs: int, columns: int, group: i
     return pack_codes(codes, scale, None, group)
 
 
-def by_pieces(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def by_pieces(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Room for (rows, columns / 64, 64), in memory piece by piece as heads lie; one piece where 64 does not divide."""
     piece = columns if columns % 64 else 64
-    return torch.ones(columns // piece, rows, piece, dtype=dtype).transpose(0, 1)
+    return torch.ones(columns // piece, rows, piece, dtype=dtype, device=device).transpose(0, 1)

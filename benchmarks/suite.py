@@ -6,6 +6,7 @@ Knows the bench files by the folders of kernels/; does not know how a case is me
 import importlib
 import importlib.util
 import pkgutil
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,6 +14,7 @@ import torch
 import miss.kernels
 from miss.benchmarks.cases import Cache, Case, Result, Settings
 from miss.benchmarks.ceilings import Ceilings
+from miss.benchmarks.gpu import aims
 from miss.benchmarks.harness import measure
 from miss.benchmarks.shapes import Shapes
 from miss.models.config import did_you_mean
@@ -44,9 +46,12 @@ def select(
     found: dict[str, list[Case]] = {folder: [] for folder in folders()}
     for folder in found:
         module = importlib.import_module(f"miss.benchmarks.bench_{folder}")
+        wanted_dtypes = tuple(DTYPES[f] for f in floats)
         for name in dict.fromkeys(names):
-            for case in module.cases(Shapes(name, device), tuple(DTYPES[f] for f in floats)):
-                found[folder].append(case)
+            if name in aims.SIZES:
+                found[folder] += aims.cases(folder, wanted_dtypes, device, aims.SIZES[name])
+            else:
+                found[folder] += module.cases(Shapes(name, device), wanted_dtypes)
     _check_ops(ops, found)
     wanted = [
         case
@@ -70,14 +75,23 @@ def run(
     settings: Settings,
     ceilings: Ceilings,
     progress: Callable[[list[tuple[Case, Cache]]], Iterator[tuple[Case, Cache]]],
-    show: Callable[[Case, Cache, Result], None],
+    show: Callable[[Case, Cache, Result, Result], None],
 ) -> Result:
-    """Measures every case; `show` is called as each is done."""
+    """Measures every case until the time is over; `show` is called as each is done, with all so far."""
     total = Result()
     for case, cache in progress(cases):
-        one = measure(case, cache, settings, ceilings)
-        show(case, cache, one)
+        if time.time() > settings.deadline:
+            name = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
+            total.skipped.append({**name, "implementation": "all", "reason": "the time was over"})
+            continue
+        try:
+            one = measure(case, cache, settings, ceilings)
+        except Exception as error:  # of its inputs or truth, or a device that is lost: it is said, and the next goes on
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            name = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
+            one = Result(refused=[{**name, "implementation": "all", "ours": True, "reason": reason}])
         total.rows += one.rows
         total.refused += [r for r in one.refused if r not in total.refused]
         total.skipped += [s for s in one.skipped if s not in total.skipped]
+        show(case, cache, one, total)
     return total

@@ -122,7 +122,8 @@ def _gather(function: FunctionType, parts: dict[str, str]) -> None:
         if not isinstance(node, ast.Name | ast.Attribute):
             continue
         value = _named(node, function.__globals__)
-        if isinstance(inner := getattr(value, "fn", value), FunctionType):
+        # Only what is jitted too: a kernel's own name may be that of a function of the host beside it.
+        if isinstance(inner := getattr(value, "fn", None), FunctionType):
             _gather(inner, parts)
         elif isinstance(value, int | float | str | triton.language.constexpr | triton.language.dtype):
             parts[f"{function.__module__}: {ast.unparse(node)}"] = _plain(value)

@@ -27,7 +27,13 @@ class Entry:
 
     @property
     def ours(self) -> bool:
-        return self.module == "miss_engine" and not self.variant.startswith("torch-")
+        return self.module == "miss_engine" and not self.variant.startswith(("torch-", "nographs-"))
+
+    def misses_device(self, device: str) -> str | None:
+        """Why it cannot run on a device; None where it can."""
+        if device == "cpu" or (self.module in ("hugging_face", "miss_engine") and self.precision != "int8"):
+            return None
+        return f"is measured on the CPU alone, not on {device}"
 
     @property
     def against(self) -> str:
@@ -64,24 +70,26 @@ PEERS = (
     Entry("openvino-wint8", "openvino", "wint8", "int8", *_NNCF),
     Entry("miss-torch-fp32", "miss_engine", "torch-fp32", "fp32"),
     Entry("miss-torch-bf16", "miss_engine", "torch-bf16", "bf16"),
+    Entry("miss-nographs-bf16", "miss_engine", "nographs-bf16", "bf16"),
 )
+ON_GPU = ("hf-bf16", "hf-sdpa-bf16", "hf-compiled-bf16", "miss-torch-bf16", "miss-nographs-bf16")  # the group `gpu`
 HEADLINE = ("hf-fp32", "torch-int8", "onnxruntime-fp32", "onnxruntime-int8", "openvino-bf16", "openvino-int8")
 ENTRIES = {entry.name: entry for entry in (*OURS, *PEERS)}
 
 
-def chosen(names: tuple[str, ...]) -> tuple[list[Entry], dict[str, str]]:
-    """(peers that can run, why the others cannot) for names, `all`, `headline` or `none`; ours are not among them.
+def chosen(names: tuple[str, ...], device: str = "cpu") -> tuple[list[Entry], dict[str, str]]:
+    """(peers that can run, why the others cannot) for names, `all`, `headline`, `gpu` or `none`, without ours.
 
     Raises:
         ValueError: a name that is not known, with those that are.
     """
     wanted: list[str] = []
     for name in names:
-        groups = {"all": [peer.name for peer in PEERS], "headline": list(HEADLINE), "none": []}
+        groups = {"all": [peer.name for peer in PEERS], "headline": list(HEADLINE), "gpu": list(ON_GPU), "none": []}
         if name not in groups and name not in ENTRIES:
             known = [*groups, *ENTRIES]
             raise ValueError(f"--peers: got {name}{did_you_mean(name, known)}; known: {', '.join(known)}")
         wanted += [n for n in groups.get(name, [name]) if n not in wanted]
     entries = [ENTRIES[name] for name in wanted if not ENTRIES[name].ours]
-    absent = {entry.name: reason for entry in entries if (reason := entry.missing())}
+    absent = {entry.name: reason for entry in entries if (reason := entry.misses_device(device) or entry.missing())}
     return [entry for entry in entries if entry.name not in absent], absent

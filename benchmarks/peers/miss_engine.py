@@ -1,14 +1,17 @@
 """Our own engine through its public face: `Engine.load`, `answer_many`.
 
 Knows the engine's API and the registry's names; does not know how an answer is made. `miss-fp32`, `miss-bf16`,
-`miss-int8`, and `miss-torch-fp32`, `miss-torch-bf16`: the same engine on PyTorch's rows.
+`miss-int8`, and `miss-torch-fp32`, `miss-torch-bf16`: the same engine on PyTorch's rows; `miss-nographs-bf16`: without
+captured graphs.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from miss.benchmarks.peers.job import TOP, Job, Output
+from miss.benchmarks.rows import plain_rows
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.engine import Answer, Engine
 from miss.engine.runtime.sampler import SamplingParams
@@ -22,17 +25,15 @@ def convert(variant: str, checkpoint: Path, work: Path, calibration: list[Path])
     pass  # it reads the checkpoint itself
 
 
-def load(variant: str, checkpoint: Path, work: Path, threads: int, dynamic: bool) -> "MissEngine":
-    precision = variant.removeprefix("torch-")
-    rows: dict[str, str] = {}
-    if variant.startswith("torch-"):
-        registry.load_all()
-        plain = {op.name: ("torch", "composed", "reference") for op in registry.OPS.values()}
-        rows = {name: next(row for row in wanted if row in registry.OPS[name].names) for name, wanted in plain.items()}
+def load(variant: str, checkpoint: Path, work: Path, threads: int, dynamic: bool, device: str = "cpu") -> "MissEngine":
+    precision = variant.rpartition("-")[2]
+    rows = plain_rows() if variant.startswith("torch-") else {}
     with registry.use(**rows):
         # Every run has new images: a large cache would be memory that is written for the first time, run by run.
         config = EngineConfig(cache_bytes=CACHE_BYTES)
-        return MissEngine(Engine.load(checkpoint, precision=precision, config=config), rows)
+        if variant.startswith("nographs-"):
+            config = replace(config, graph_bytes=0)
+        return MissEngine(Engine.load(checkpoint, precision, device, config), rows)
 
 
 class MissEngine:

@@ -52,11 +52,14 @@ def convert(entry: Entry, checkpoint: Path, work: Path, calibration: list[Path],
 class PeerProcess:
     """A warm peer. A context manager: the process ends with it."""
 
-    def __init__(self, entry: Entry, checkpoint: Path, work: Path, threads: int, dynamic: bool = False) -> None:
+    def __init__(
+        self, entry: Entry, checkpoint: Path, work: Path, threads: int, dynamic: bool = False, device: str = "cpu"
+    ) -> None:
         self.entry = entry
         work.mkdir(parents=True, exist_ok=True)
         self._log = work / f"{entry.name}.log"
-        command = [*_command(entry, checkpoint, work), "--threads", str(threads), *(["--dynamic"] if dynamic else [])]
+        command = [*_command(entry, checkpoint, work), "--threads", str(threads), "--device", device]
+        command += ["--dynamic"] if dynamic else []
         with self._log.open("w", encoding="utf-8") as file:
             self._process = subprocess.Popen(
                 command,

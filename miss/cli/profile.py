@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
+from miss.cli.flags import Append
 
 if TYPE_CHECKING:
     from miss.engine.runtime.allocations import Allocations
@@ -29,7 +29,7 @@ class Args:
 
     image: Path = _EXAMPLE
     """Image file: PNG, JPEG, WebP, BMP, TIFF or DICOM."""
-    question: Annotated[list[str], tyro.conf.UseAppendAction] = field(
+    question: Annotated[list[str], Append] = field(
         default_factory=lambda: ["what modality is used to take this image?"]
     )
     """A question about the image; several are answered together."""

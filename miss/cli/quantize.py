@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
+from miss.cli.flags import Positional
 from miss.engine.data.datasets import load_dataset
 from miss.engine.data.images import decode_image
 from miss.engine.data.loader import Row, Visit, collate
@@ -40,9 +40,9 @@ _IMAGES_A_BATCH, _QUESTIONS_AN_IMAGE = 4, 12
 class Args:
     """Pack a checkpoint. With --dataset, errors are judged and compensated by what the answers depend on."""
 
-    src: Annotated[Path, tyro.conf.Positional]
+    src: Annotated[Path, Positional]
     """A checkpoint folder of ours."""
-    dst: Annotated[Path, tyro.conf.Positional]
+    dst: Annotated[Path, Positional]
     """The folder to write."""
     scheme: Literal["int8", "int8-weight", "fp8", "int4-weight", "nf4", "llm-int8", "int4", "small-mixed"] = (
         "small-mixed"

@@ -1,11 +1,14 @@
 """A tiny tokenizer and processor for tests that need no weights."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 from miss.engine.data.processor import Processor, build_tokenizer
 from miss.models.config import PreprocessConfig
+
+collect_ignore = [] if importlib.util.find_spec("pydicom") else ["test_images.py"]  # which makes DICOM files
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] is there a an the in this image what which organ of left right lung liver brain "
