@@ -10,7 +10,7 @@ from miss.benchmarks.cases import Case, Peer
 from miss.benchmarks.inputs import normal
 from miss.benchmarks.peers import sdpa
 from miss.benchmarks.shapes import IMAGES, NUM_QUESTION_TOKENS, Shapes
-from miss.kernels.attention import attention
+from miss.kernels.attention import attention, attention_quantised
 from miss.kernels.registry import OPS, use
 
 _LENGTHS = (257, 577, 901)  # 224, 384 and 480 pixels
@@ -26,6 +26,8 @@ def cases(shapes: Shapes, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
             for width in (64, 32) if shapes.name == "base" else (wide,):
                 yield case("vit", 1, tokens, vision.num_heads, width, dtype)
         yield case("vit", IMAGES, shapes.tokens, vision.num_heads, wide, dtype)
+        if dtype == torch.bfloat16:
+            yield _quantised("vit", 1, shapes.tokens, vision.num_heads, wide, dtype)
         yield case("bert", IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype, padded=True)
         yield case("decoder", IMAGES, NUM_QUESTION_TOKENS, encoder.num_heads, narrow, dtype, causal=True)
         yield _backward("vit", 2, shapes.tokens, vision.num_heads, wide, dtype)
@@ -53,6 +55,20 @@ def case(
     return Case(
         "attention", f"{kind}{tower} B={batch} T={tokens} H={heads} D={width}", str(dtype).removeprefix("torch."),
         make, call, flops=4 * heads * width * pairs, reads=3 * matrix, writes=matrix, peers=(peer,),
+    )  # fmt: skip
+
+
+def _quantised(tower: str, batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Case:
+    """Scores of int8 codes, against SDPA without any."""
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        return normal(generator, batch, tokens, 3, heads, width, dtype=dtype).unbind(2)
+
+    matrix = batch * tokens * heads * width * dtype.itemsize
+    return Case(
+        "attention_quantised", f"{tower} B={batch} T={tokens} H={heads} D={width}", str(dtype).removeprefix("torch."),
+        make, attention_quantised, flops=4.0 * batch * heads * width * tokens**2, reads=3 * matrix, writes=matrix,
+        peers=(Peer("sdpa", lambda q, k, v: sdpa.attention(q, k, v, None, False)),), tolerance=5e-2,
     )  # fmt: skip
 
 

@@ -47,6 +47,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: 
     return 4.0 * queries * keys * heads * width * seen
 
 
+def _coded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    return _attention(q, k, v, None, False)
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, causal: bool, *_: Any) -> float:
     lengths = offsets.diff().double()
     pairs = float((lengths * ((lengths + 1) / 2 if causal else lengths)).sum())
@@ -128,6 +132,7 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "layer_norm_quantised": _norm_quantised,
     "add_layer_norm_quantised": _norm_quantised,
     "attention": _attention,
+    "attention_quantised": _coded,
     "attention_varlen": _varlen,
     "cross_attention": _cross,
     "decode_attention": _decode,

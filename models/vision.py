@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from miss.kernels.attention import attention, attention_quantised
 from miss.kernels.patch_embed import patch_embed
+from miss.kernels.quant_linear import QuantRows
 from miss.models.config import PreprocessConfig, VisionConfig
 from miss.models.layers import LayerNorm, Mlp, SelfAttention
 from miss.models.linear import Panels
@@ -47,6 +49,17 @@ class PatchEmbed(nn.Module):
         return self._on_device[device]
 
 
+class ImageAttention(SelfAttention):
+    """Every token attends to every token of its image; where the layer takes int8 codes, by scores of codes. (Texts do
+    not: whether their lengths are given depends on what shares the batch.)"""
+
+    def forward(self, x: Tensor | QuantRows) -> Tensor:  # type: ignore[override]
+        """x (I, N, C) -> (I, N, C)."""
+        q, k, v = self.project(x)
+        out = attention_quantised(q, k, v) if isinstance(x, QuantRows) else attention(q, k, v)
+        return self.output(out.flatten(-2))
+
+
 class VisionBlock(nn.Module):
     """norm, self-attention, add; norm, MLP, add. `drop_path`: the chance that a branch is left out for an image."""
 
@@ -54,7 +67,7 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attention = SelfAttention(config.hidden_size, config.num_heads)
+        self.attention = ImageAttention(config.hidden_size, config.num_heads)
         self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config.hidden_size, config.intermediate_size)
 

@@ -68,6 +68,7 @@ struct HeadProductArgs {
 
 struct AttentionKernels {
   void (*forward)(const AttentionArgs& args);
+  void (*coded)(const AttentionArgs& args);   // forward, scores of int8 codes; all keys seen, no dropout, no lse
   void (*single)(const AttentionArgs& args);  // forward, one token a row, no dropout, heads 32 or 64 wide
   void (*head_product)(const HeadProductArgs& args);
   void (*backward)(const AttentionGradArgs& args);

@@ -1,3 +1,4 @@
+#pragma once
 // Attention, forward. Included by the file of each instruction set.
 //
 // A task is some of the queries of one source and head. The source's keys and values are packed once into this
@@ -25,17 +26,11 @@ struct Running {
   float top[STRIP], total[STRIP];
 };
 
-// Scores become probabilities relative to the running maximum, in place; zeros up to `padded`. Returns the factor that
-// brings what was summed before to the new maximum.
-template <class Dot, bool DROPOUT>
-inline float softmax_row(float* scores, int64_t visible, int64_t padded, float scale, float& top, float& total,
-                         const Drop& drop) {
-  using Value = typename Element<Dot>::Value;
-  constexpr int TERMS = Element<Dot>::POWER_TERMS;
-  Value* to = reinterpret_cast<Value*>(scores);
+// The largest of a row's scores, lane by lane; `high`: of those that were seen before.
+inline vf largest_of(const float* scores, int64_t visible, vf high) {
   const int64_t whole = visible / LANES * LANES;
   const int rest = static_cast<int>(visible - whole);
-  vf high = set1(-__builtin_inff()), high2 = high;
+  vf high2 = high;
   int64_t i = 0;
   for (; i + 2 * LANES <= whole; i += 2 * LANES) {
     high = max(high, load(scores + i));
@@ -43,13 +38,26 @@ inline float softmax_row(float* scores, int64_t visible, int64_t padded, float s
   }
   if (i < whole) high = max(high, load(scores + i));
   if (rest) high2 = max(high2, first_of(load_n(scores + whole, rest), rest, high));
-  const float most = max_of(max(high, high2));
+  return max(high, high2);
+}
+
+// Scores, of which `most` is the largest, become probabilities relative to the running maximum, in place; zeros up to
+// `padded`. Returns the factor that brings what was summed before to the new maximum.
+template <class Dot, bool DROPOUT>
+inline float softmax_row(float* scores, int64_t visible, int64_t padded, float scale, float most, float& top,
+                         float& total, const Drop& drop) {
+  using Value = typename Element<Dot>::Value;
+  constexpr int TERMS = Element<Dot>::POWER_TERMS;
+  Value* to = reinterpret_cast<Value*>(scores);
+  const int64_t whole = visible / LANES * LANES;
+  const int rest = static_cast<int>(visible - whole);
   const float before = top;
   top = before > most ? before : most;
   const float offset = top == -__builtin_inff() ? 0.0f : top * scale;
   const vf factor = set1(scale), shift = set1(-offset);
   vf sums = zero();
-  for (i = 0; i < whole; i += LANES) {
+  int64_t i = 0;
+  for (; i < whole; i += LANES) {
     vf p = exp2<TERMS>(fma(load(scores + i), factor, shift));
     sums = add(sums, p);
     if (DROPOUT) p = mul(kept(p, drop.fields + i, drop.threshold), set1(drop.keep));
@@ -155,8 +163,9 @@ inline void forward_strip(const AttentionArgs& a, const AttentionGroup& g, int64
       const int64_t rest = s.visible[r] - start, seen = rest < 0 ? 0 : least(rest, count);
       Drop drop{fields, a.threshold, a.keep};
       if (DROPOUT) drop.fields = keep_fields(a.seed, mask_index(a, g, head, s, r) + start, seen, fields);
-      const float factor = softmax_row<Dot, DROPOUT>(scores + r * KEYS, seen, padded, a.scale * LOG2E, running.top[r],
-                                                     running.total[r], drop);
+      const float most = max_of(largest_of(scores + r * KEYS, seen, set1(-__builtin_inff())));
+      const float factor = softmax_row<Dot, DROPOUT>(scores + r * KEYS, seen, padded, a.scale * LOG2E, most,
+                                                     running.top[r], running.total[r], drop);
       if (start > 0)
         for (int64_t d = 0; d < a.width; d += LANES)
           store(sums + r * a.width + d, mul(load(sums + r * a.width + d), set1(factor)));
@@ -172,13 +181,18 @@ inline void forward_strip(const AttentionArgs& a, const AttentionGroup& g, int64
 }
 
 template <class Dot>
+inline const char* pack_values(const AttentionArgs& a, const AttentionGroup& g, int64_t head, char* to) {
+  pack_as_rows<Dot>(a.v + g.v + head * a.v_head, a.v_token, g.keys, a.width, to);
+  return to;
+}
+
+template <class Dot>
 inline Source<Dot> pack_source(const AttentionArgs& a, const AttentionGroup& g, int64_t head) {
   constexpr int64_t SIZE = 4 / Dot::GROUP;
   const int64_t bytes = a.width * SIZE, of_keys = bytes_as_columns(g.keys, bytes);
   char* to = scratch_of<char>(3, of_keys + bytes_as_rows(g.keys, a.width, Dot::GROUP));
   pack_as_columns(a.k + g.k + head * a.k_head, a.k_token, g.keys, bytes, to);
-  pack_as_rows<Dot>(a.v + g.v + head * a.v_head, a.v_token, g.keys, a.width, to + of_keys);
-  return {to, to + of_keys, (g.keys + Dot::GROUP - 1) / Dot::GROUP * STEP};
+  return {to, pack_values<Dot>(a, g, head, to + of_keys), (g.keys + Dot::GROUP - 1) / Dot::GROUP * STEP};
 }
 
 template <class Dot>

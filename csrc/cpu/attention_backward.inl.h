@@ -237,7 +237,8 @@ void backward(const AttentionGradArgs& args) {
 }  // namespace
 }  // namespace attend
 
-extern const AttentionKernels attention_kernels = {attend::forward, attend::single, attend::head_product, attend::backward};
+extern const AttentionKernels attention_kernels = {attend::forward, attend::coded, attend::single,
+                                                    attend::head_product, attend::backward};
 
 }  // namespace MISS_ISA
 }  // namespace miss

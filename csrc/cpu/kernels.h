@@ -11,6 +11,7 @@
 #include "quantise.h"
 
 #include "attention.inl.h"
+#include "attention_codes.inl.h"
 #include "attention_single.inl.h"
 #include "attention_heads.inl.h"
 #include "attention_backward.inl.h"

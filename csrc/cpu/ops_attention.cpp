@@ -215,6 +215,18 @@ static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tenso
   return {out, lse};
 }
 
+// q, k, v (rows, N, H, D): each token over all of its row, scores of int8 codes.
+static Tensor quantised_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  Tensor out = new_out(q);
+  AttentionArgs a = batch_args(q, k, v, out, false, scale, 0.0, std::nullopt);
+  STD_TORCH_CHECK(a.width <= 64, "attention_quantised: heads are 32 or 64 wide");
+  std::vector<AttentionGroup> groups = batch_groups(a, q, k, v, std::nullopt);
+  a.out = bytes_to(out), a.chunk = 96;
+  number_tasks(a, groups, 1, a.chunk);
+  if (a.num_tasks) attention_kernels().coded(a);
+  return out;
+}
+
 static std::tuple<Tensor, Tensor> varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                  const Tensor& offsets, int64_t max_length, bool causal, double scale,
                                                  double dropout_p, std::optional<Tensor> seed) {
@@ -343,6 +355,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, bool causal, float scale, float dropout_p, "
       "Tensor? seed) -> (Tensor, Tensor)");
+  m.def("attention_quantised(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
   m.def(
       "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor offsets, int max_length, bool causal, float scale, "
       "float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
@@ -367,6 +380,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(miss_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(miss_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_forward));
+  m.impl("attention_quantised", TORCH_BOX(&quantised_forward));
   m.impl("attention_varlen", TORCH_BOX(&varlen_forward));
   m.impl("cross_attention", TORCH_BOX(&cross_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));

@@ -21,6 +21,10 @@ def forward(
     return extension.ops().attention(q, k, v, lengths, causal, scale, dropout_p, seed)  # type: ignore[no-any-return]
 
 
+def quantised(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return extension.ops().attention_quantised(q, k, v, scale)  # type: ignore[no-any-return]
+
+
 def varlen_forward(
     q: Tensor,
     k: Tensor,

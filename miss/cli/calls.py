@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miss.kernels.attention import attention, attention_varlen
+from miss.kernels.attention import attention, attention_quantised, attention_varlen
 from miss.kernels.contrastive import contrastive_loss, hard_negatives
 from miss.kernels.cross_attention import KV, Tokens, cross_attention
 from miss.kernels.cross_entropy import linear_cross_entropy
@@ -138,9 +138,11 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         """(I, N, H, D), in memory head by head."""
         return s.heads_of(s.images).new_empty(s.images, s.heads, s.tokens, s.head).transpose(1, 2)
 
+    def image_heads() -> tuple[Tensor, ...]:
+        return s.leaf(s.images, s.tokens, 3, vision.num_heads, wide // vision.num_heads).unbind(2)
+
     def attend() -> Tensor:
-        q, k, v = s.leaf(s.images, s.tokens, 3, vision.num_heads, wide // vision.num_heads).unbind(2)
-        return attention(q, k, v)
+        return attention(*image_heads())
 
     def project(x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight, s.leaf(wide), s.leaf(*image), s.panels(weight))
@@ -198,6 +200,7 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "linear_into": lambda: linear_into(s.leaf(*image).detach(), s.weight(width, wide).detach(), None, by_head()),
         "gelu_mlp": lambda: expand(s.leaf(*image), s.weight(inner, wide)),
         "attention": attend,
+        "attention_quantised": lambda: attention_quantised(*(t.detach() for t in image_heads())),
         "attention_varlen": attend_packed,
         "cross_attention": lambda: cross_attention(s.heads_of(s.rows, s.text), kv_source(), index),
         "cross_attention_tokens": lambda: cross_attention(s.heads_of(s.rows, s.text), token_source(), index),
