@@ -69,6 +69,15 @@ static void single(miss::AttentionArgs args, Buffer<T>& out, double tolerance) {
   for (int64_t i = 0; i < out.count(); ++i) near(number(again[i]), number(out[i]), 2 * tolerance, "attention, one token");
 }
 
+// Scores of codes: near the same, and nothing outside of what the arguments span.
+template <class T>
+static void coded(miss::AttentionArgs args, Buffer<T>& out) {
+  Buffer<T> again(out.count());
+  args.out = again.chars();
+  miss::attention_kernels().coded(args);
+  for (int64_t i = 0; i < out.count(); ++i) near(number(again[i]), number(out[i]), 6e-2, "attention, scores of codes");
+}
+
 // out (rows, heads, columns) = a (rows, heads, inner) times each head's weight, plus bias.
 template <class T>
 static void head_product(int64_t rows, int64_t inner, int64_t columns, bool transposed, double tolerance) {
@@ -165,6 +174,7 @@ static void attention(int64_t sources, int64_t rows, int64_t tokens, int64_t key
   }
   if (args.num_tasks > 0) miss::attention_kernels().forward(args);
   if (width <= 64 && tokens == 1 && !dropout && !causal) single(args, out, tolerance);
+  if (width <= 64 && !dropout && !causal) coded(args, out);
   if (width <= 64 && tokens * keys <= 1000) backward(args, q, k, v, out, rows, tokens, keys, tolerance);
   Buffer<double> scores(keys), wanted(width);
   for (int64_t row = 0; row < total; ++row)
