@@ -138,11 +138,16 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         """(I, N, H, D), in memory head by head."""
         return s.heads_of(s.images).new_empty(s.images, s.heads, s.tokens, s.head).transpose(1, 2)
 
-    def image_heads() -> tuple[Tensor, ...]:
-        return s.leaf(s.images, s.tokens, 3, vision.num_heads, wide // vision.num_heads).unbind(2)
+    def image_heads() -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = s.leaf(s.images, s.tokens, 3, vision.num_heads, wide // vision.num_heads).unbind(2)
+        return q, k, v
 
     def attend() -> Tensor:
         return attention(*image_heads())
+
+    def attend_by_codes() -> Tensor:
+        with torch.no_grad():
+            return attention_quantised(*image_heads())
 
     def project(x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight, s.leaf(wide), s.leaf(*image), s.panels(weight))
@@ -200,7 +205,7 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         "linear_into": lambda: linear_into(s.leaf(*image).detach(), s.weight(width, wide).detach(), None, by_head()),
         "gelu_mlp": lambda: expand(s.leaf(*image), s.weight(inner, wide)),
         "attention": attend,
-        "attention_quantised": lambda: attention_quantised(*(t.detach() for t in image_heads())),
+        "attention_quantised": attend_by_codes,
         "attention_varlen": attend_packed,
         "cross_attention": lambda: cross_attention(s.heads_of(s.rows, s.text), kv_source(), index),
         "cross_attention_tokens": lambda: cross_attention(s.heads_of(s.rows, s.text), token_source(), index),
