@@ -29,7 +29,7 @@ On a CPU with kernels of ours, int8's numbers may lie in the panels that those r
 int4's products are exact in float32 (4 + 11 bits), so that every implementation dequantises to the same numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,8 @@ from miss.kernels.registry import lazy
 
 GROUPS = (32, 64, 128)
 PANEL = 64  # rows
+# Numbers of a matrix that are rounded or unpacked at a time: base's largest whole takes 0.2 GB of float32 on the way.
+_AT_ONCE = 1 << 18
 _VERSION = 1
 _CODES = {"int8": 8, "int4": 4, "llm-int8": 108, "nf4": 104, "fp8": 208}  # how `layout` calls the schemes
 _DYNAMIC = {"int8": (0, 1), "fp8": (1,)}  # what `layout` may say of activations; 0 elsewhere
@@ -84,7 +86,9 @@ class PackedWeight(NamedTuple):
     prepared: Prepared | None = None
 
     def to(self, device: torch.device | str) -> "PackedWeight":
-        """Row by row, to be prepared again where a CPU multiplies with it."""
+        """On another device row by row, to be prepared again where that is a CPU; the same where it is there."""
+        if torch.device(device) == self.data.device:
+            return self
         zero = None if self.zero is None else self.zero.to(device)
         data = row_major(self.data, self.scale, self.shape[1]).to(device)
         return self._replace(data=data, scale=self.scale.to(device), zero=zero, prepared=None)
@@ -171,12 +175,19 @@ def pack_int8(weight: Tensor, dynamic: bool = False) -> PackedWeight:
     Raises:
         PackingError: the weight is not a finite float matrix.
     """
-    w = _checked(weight)
+    _check_matrix(weight)
+    data = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for rows in _blocks(weight.shape):
+        data[rows], scale[rows] = _int8_rows(_finite(weight[rows]))
+    return PackedWeight(data, scale, None, "int8", 0, _shape(weight), dynamic)
+
+
+def _int8_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     largest = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
     scale = torch.where(largest > 0, largest / 127, 1.0)
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-    data = torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8)
-    return PackedWeight(data, scale, None, "int8", 0, _shape(w), dynamic)
+    return torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
 
 
 def pack_fp8(weight: Tensor) -> PackedWeight:
@@ -282,7 +293,19 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The (N, K) matrix that the packed one stands for, computed in float32 (float64 in float64), in `dtype`."""
     if packed.scheme == "nf4":
         return dequantise_nf4(packed.data, packed.scale, packed.shape, dtype)
-    return dequantise(packed.data, packed.scale, packed.zero, packed.shape[1], packed.group, dtype)
+    if packed.scheme == "int4":
+        return dequantise(packed.data, packed.scale, packed.zero, packed.shape[1], packed.group, dtype)
+    data, scale = row_major(packed.data, packed.scale, packed.shape[1]), packed.scale
+    whole = torch.empty(packed.shape, dtype=dtype, device=data.device)
+    for rows in _blocks(packed.shape):
+        whole[rows] = dequantise(data[rows], scale[rows], None, packed.shape[1], 0, dtype)
+    return whole
+
+
+def _blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """A matrix's rows, some at a time."""
+    step = max(1, _AT_ONCE // max(1, shape[1]))
+    return (slice(first, first + step) for first in range(0, shape[0], step))
 
 
 def dequantise(
@@ -405,8 +428,16 @@ def _shape(w: Tensor) -> tuple[int, int]:
 
 
 def _checked(weight: Tensor) -> Tensor:
+    _check_matrix(weight)
+    return _finite(weight)
+
+
+def _check_matrix(weight: Tensor) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise PackingError(f"a weight to pack is a float matrix; got {weight.dtype} {tuple(weight.shape)}")
+
+
+def _finite(weight: Tensor) -> Tensor:
     w = weight.detach().float()
     if not torch.isfinite(w).all():
         raise PackingError("a weight to pack has infinite or NaN values")
