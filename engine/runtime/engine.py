@@ -122,9 +122,9 @@ class Engine:
         """Answers in the order of `pairs`, in bounded memory: (image, question), or (image, question, params).
 
         `batch_size` of them are taken up at a time, before the last ones' answers are complete; the questions of one
-        image among them share its encoding. Images are read and decoded by threads of their own, those of up to 16
-        further pairs while the engine answers; they end with the iterator. With a `batch_size` of 1 there are none,
-        and no pair is asked for before the last one's answer was taken.
+        image among them share its encoding. Images are read and decoded by a few threads, those of up to 16 further
+        pairs while the engine answers where it leaves cores free; they end with the iterator. With a `batch_size` of 1
+        there are none, and no pair is asked for before the last one's answer was taken.
 
         With `on_error="return"` a pair that cannot be served yields its ValueError in place, and the rest go on; a
         ValueError that stands in place of an image (it could not even be named) comes back so. `progress` shows a bar.

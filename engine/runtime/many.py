@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from miss.engine.runtime.answers import Answer
-from miss.engine.runtime.read_ahead import THREADS, ReadAhead
+from miss.engine.runtime.read_ahead import CORES, THREADS, ReadAhead
 from miss.engine.runtime.request import QueueFull, Request
 from miss.engine.runtime.sampler import SamplingParams
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from miss.engine.runtime.engine import Engine
 
 Taken = Request | ValueError
-MOST_AHEAD = 16  # pairs whose images are read while the engine answers others
+MOST_AHEAD = 16  # pairs whose images are decoded while the engine steps
 
 
 def answer_many(
@@ -25,12 +27,12 @@ def answer_many(
     """Answers, or where `raises` is false errors, in the order of `pairs`.
 
     In `correct` behaviour the next `batch_size` join when half of the last ones are done, so that few rows are never
-    decoded alone; in `compat`, where an answer depends on its batch, they wait until all are. Images are decoded
-    ahead unless pairs are wanted one by one: then none is asked for before the last one's answer was taken.
+    decoded alone; in `compat`, where an answer depends on its batch, they wait until all are. Images are decoded by
+    threads unless pairs are wanted one by one: then none is asked for before the last one's answer was taken.
     """
     ahead, intake = deque[Taken](), engine.intake
     tail = 0 if engine.scheduler.whole_batches else batch_size // 2
-    further = min(batch_size // 2, MOST_AHEAD)
+    further = min(batch_size // 2, MOST_AHEAD) if _leaves_cores(engine) else 0
     reading = ReadAhead(iter(pairs), intake.reader, intake.needs_no_pixels, THREADS if batch_size > 1 else 0)
     try:
         more = True
@@ -50,6 +52,12 @@ def answer_many(
         for taken in ahead:
             if isinstance(taken, Request):
                 engine.cancel(taken)
+
+
+def _leaves_cores(engine: "Engine") -> bool:
+    """Whether images are decoded while the engine steps, and not only by several threads between steps: not where the
+    engine has all cores. On two of them 48 photographs took 2.4 s (2.2 to 2.6) with, 2.2 (2.1 to 2.5) without."""
+    return engine.device.type != "cpu" or torch.get_num_threads() < CORES
 
 
 def _take_up(engine: "Engine", image: Any, question: str, params: SamplingParams | None) -> Taken:

@@ -17,7 +17,8 @@ import numpy as np
 from miss.engine.data.images import declared_pixels, read_image
 from miss.engine.runtime.image_source import EarlyImage, Found, ImageReader
 
-THREADS = min(4, os.cpu_count() or 1)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = min(4, CORES)
 # At once in all threads, before they are resized: no more than the largest image that is accepted takes alone.
 MOST_PIXELS = 1 << 26
 

@@ -21,6 +21,11 @@ QUESTIONS = ("ct", "is there a mass?", "left lung?")
 ONE = SamplingParams(max_new_tokens=1, num_alternatives=0)
 
 
+@pytest.fixture(params=[False, True], ids=["between steps", "meanwhile"], autouse=True)
+def leaves_cores(request, monkeypatch):
+    monkeypatch.setattr(many, "_leaves_cores", lambda engine: request.param)
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory, vocabulary):
     return Engine.load(write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", vocabulary))
