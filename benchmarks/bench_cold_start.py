@@ -1,6 +1,7 @@
 """A process from nothing to an answer: seconds and peak memory (`python -m miss.benchmarks.bench_cold_start`).
 
 Measures whole processes from outside (wall clock, and the kernel's own account of peak memory), the file cache warm.
+`--checkpoint DIR --precision int8` does so for another checkpoint, such as one that `miss quantize` wrote.
 """
 
 import argparse
@@ -13,12 +14,8 @@ import time
 from pathlib import Path
 
 IMAGE = Path(__file__).resolve().parents[1] / "examples" / "chest-xray.jpg"
-COMMANDS = {
-    "python": ["-c", "pass"],
-    "import miss": ["-c", "import miss"],
-    "import torch": ["-c", "import torch"],
-    "miss answer": ["-m", "miss", "answer", "--image", str(IMAGE), "--question", "is there a fracture?", "--json"],
-}
+ANSWER = ["-m", "miss", "answer", "--image", str(IMAGE), "--question", "is there a fracture?", "--json"]
+COMMANDS = {"python": ["-c", "pass"], "import miss": ["-c", "import miss"], "import torch": ["-c", "import torch"]}
 
 
 def measure(argv: list[str]) -> tuple[float, float]:
@@ -40,10 +37,14 @@ def measure(argv: list[str]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7)
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
-    count = parser.parse_args().runs
+    parser.add_argument("--checkpoint", default="miss-small", help="a checkpoint folder, or the name of one that ships")
+    parser.add_argument("--precision", default="auto")
+    args = parser.parse_args()
+    commands = COMMANDS | {"miss answer": [*ANSWER, "--checkpoint", args.checkpoint, "--precision", args.precision]}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    count = args.runs
     for round_number in range(count + 1):  # the first round warms the file cache and is not counted
-        for name, argv in COMMANDS.items():
+        for name, argv in commands.items():
             result = measure(argv)
             if round_number:
                 runs[name].append(result)
@@ -65,6 +66,8 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
         "runs": count,
+        "checkpoint": args.checkpoint,
+        "precision": args.precision,
     }
     print(json.dumps({"benchmark": "cold_start", "rows": rows, "environment": environment}))
 

@@ -36,8 +36,12 @@ def _linear(x: Tensor, weight: Tensor, *_: Any) -> float:
     return 2.0 * x.numel() * weight.shape[0]
 
 
-def _after_scale(scale: Tensor, x: Tensor, data: Tensor, *_: Any) -> float:
-    return 2.0 * x.numel() * data.shape[0]
+def _quant(x: Tensor, data: Tensor, scale: Tensor, *_: Any) -> float:
+    return 2.0 * x.numel() * scale.shape[0]
+
+
+def _after_scale(row_scale: Tensor, x: Tensor, data: Tensor, scale: Tensor, *_: Any) -> float:
+    return 2.0 * x.numel() * scale.shape[0]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, *_: Any) -> float:
@@ -140,15 +144,15 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "linear": _linear,
     "linear_into": _linear,
     "gelu_mlp": _linear,
-    "quant_linear": _linear,
-    "quant_linear_w8a8": _linear,
-    "quant_linear_into": _linear,
+    "quant_linear": _quant,
+    "quant_linear_w8a8": _quant,
+    "quant_linear_into": _quant,
     "quant_linear_rows": _after_scale,
     "quant_linear_rows_quantised": _after_scale,
     "quantise_rows": lambda x: _QUANTISE * x.numel(),
     "quant_embedding": _nothing,
     "linear_top_k": _linear,
-    "linear_top_k_w8a8": _linear,
+    "linear_top_k_w8a8": _quant,
     "decoder_step": _step,
     "contrastive": _contrast,
     "hard_negatives": _linear,

@@ -6,19 +6,16 @@ question at most 35 states, so that slots of full length cost less than the tabl
 Shapes: S answer slots (a beam each), Q question slots, L answer length, T question length, H heads, D head width.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from miss.kernels.cross_attention import KV
 from miss.kernels.kv_cache import kv_reorder
+from miss.kernels.memory import sparse_zeros
 from miss.models.config import TextConfig
-
-_LINE = 64  # bytes of a cache line, at which tensors begin
 
 
 class LayerCache(NamedTuple):
@@ -97,10 +94,7 @@ class KVCache:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on CPU pages that take memory, and time, only once they are touched: `torch.zeros` writes all of them."""
+    """Zeros; on CPU pages that take memory, and time, only once they are written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    bytes_ = np.zeros(size + _LINE, np.uint8)
-    start = -bytes_.ctypes.data % _LINE
-    return torch.from_numpy(bytes_[start : start + size]).view(dtype).view(shape)
+    return sparse_zeros(shape, dtype)

@@ -97,7 +97,7 @@ class AnswerDecoder(nn.Module):
         if self.packed_vocabulary is None:
             self.vocabulary_panels = Panels(self.embeddings.word.weight)
         else:
-            self.packed_vocabulary = prepare_packed(self.packed_vocabulary)
+            self.packed_vocabulary = prepare_packed(self.packed_vocabulary).in_panels()
         self.forget()
         self._prepared = True
 

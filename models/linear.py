@@ -82,8 +82,9 @@ class QuantLinear(nn.Module):
         return self.packed.w8a8
 
     def prepare(self) -> None:
-        """Lays the packed weight out for the kernels of this machine, once."""
-        self.packed = prepare_packed(self.packed)
+        """Lays the packed weight out for the kernels of this machine, once, and keeps it in that form alone where it
+        holds all (int8)."""
+        self.packed = prepare_packed(self.packed).in_panels()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         """Takes the packed bytes along to another device; their dtypes are part of the packing and stay."""

@@ -5,11 +5,14 @@ Knows tensors by name and bytes; does not know what they are for.
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from io import FileIO
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,11 +69,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
-def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of a safetensors file as a view of the mapped file, and the file's metadata. Pages are read when
-    they are used, shared between processes, and dropped where memory is short.
+class MappedFile(NamedTuple):
+    """A safetensors file's tensors as views of the mapped file, and its metadata. Pages are read when they are used,
+    shared between processes, and dropped where memory is short. The views are for reading. The file is mapped for as
+    long as there is one of them, or this.
+    """
 
-    The views are for reading: what is written to them stays in this process.
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    memory: mmap.mmap
+
+    def forget(self) -> None:
+        """Gives back the memory of what was read; it is read again where it is used again."""
+        if sys.platform.startswith("linux"):
+            self.memory.madvise(mmap.MADV_DONTNEED)
+
+
+def map_tensors(path: Path) -> MappedFile:
+    """A safetensors file, mapped.
 
     Raises:
         CheckpointError: as `read_tensors`.
@@ -87,7 +103,9 @@ def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path}: truncated, altered or not a safetensors file ({size} bytes; {error}): copy or convert it again"
         ) from None
-    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    with path.open("rb") as raw:
+        memory = mmap.mmap(raw.fileno(), size, access=mmap.ACCESS_COPY)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
     mapped, end = {}, size
     for name, (shape, dtype) in reversed(shapes.items()):
         start = end - prod(shape) * dtype.itemsize
@@ -96,7 +114,7 @@ def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             part = part.clone()
         mapped[name] = part.view(dtype).view(shape)
         end = start
-    return dict(reversed(mapped.items())), metadata
+    return MappedFile(dict(reversed(mapped.items())), metadata, memory)
 
 
 def _fill(tensor: Tensor, file: FileIO, message: str) -> None:
@@ -122,13 +140,14 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor], after_each: Callable[[], None] = lambda: None) -> str:
     """SHA-256 over names, types, shapes and bytes, whatever order a file has them in."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        after_each()
     return total.hexdigest()
 
 

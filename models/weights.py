@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -268,9 +268,14 @@ def _read(folder: Path) -> tuple[MissConfig, dict[str, Tensor], dict[str, Tensor
     return config, tensors, raw, header
 
 
-def verify_files(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+def verify_files(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
     """Compares the digests that the header carries; a file without them was not written by us and has none to fail."""
-    if "sha256" in header and digest(tensors) != header["sha256"]:
+    if "sha256" in header and digest(tensors, after_each) != header["sha256"]:
         raise CheckpointError(
             f"{folder / WEIGHTS}: altered since it was written (its tensors do not have the SHA-256 that its header "
             f"states): copy it again"

@@ -16,7 +16,17 @@ import numpy as np
 
 from miss.engine.data.errors import ImageError, ImageLimits, Reason
 
-__all__ = ["ACCEPTED", "ImageError", "ImageLimits", "ImageSource", "Reason", "decode_image", "read_image", "sniff"]
+__all__ = [
+    "ACCEPTED",
+    "ImageError",
+    "ImageLimits",
+    "ImageSource",
+    "Reason",
+    "declared_pixels",
+    "decode_image",
+    "read_image",
+    "sniff",
+]
 
 ACCEPTED = "PNG, JPEG, WebP, BMP, TIFF or DICOM"
 RASTER = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -88,6 +98,25 @@ def decode_image(
     from miss.engine.data.raster import decode_raster
 
     return decode_raster(data, kind, frame, window, limits)
+
+
+def declared_pixels(source: "str | Path | bytes | ImageSource", limits: ImageLimits = DEFAULT_LIMITS) -> int:
+    """How many pixels decoding an image may put into memory at most, by its header; 0 of what is not decoded at all.
+    Of DICOM, whose header is the file: as many as are accepted.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    data = read_image(source, limits)
+    kind = sniff(data)
+    if kind is None:
+        return 0
+    if kind == "DICOM":
+        return limits.max_pixels
+    from miss.engine.data.raster import declared_size
+
+    width, height = declared_size(data, kind)
+    return min(width * height, limits.max_pixels)
 
 
 def sniff(data: bytes) -> str | None:

@@ -60,6 +60,15 @@ def decode_raster(
         raise _broken(data, kind, image) from None
 
 
+def declared_size(data: bytes, kind: str) -> tuple[int, int]:
+    """Width and height by the header; (0, 0) where `decode_raster` will say what is wrong with it."""
+    try:
+        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+            return image.size
+    except Exception:  # as above
+        return 0, 0
+
+
 def _bomb_guard(image: Image.Image) -> None:
     # Pillow checks when it opens; this also covers filters that somebody has reset.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:

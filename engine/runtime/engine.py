@@ -17,7 +17,7 @@ from miss.engine.data.processor import Processor
 from miss.engine.runtime.answers import Alternative, Answer, make_answer
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.image_cache import ImageCache
-from miss.engine.runtime.image_source import Image
+from miss.engine.runtime.image_source import EarlyImage, Image
 from miss.engine.runtime.intake import Intake
 from miss.engine.runtime.loading import CHECKPOINTS, PRECISIONS, find_checkpoint, load_model
 from miss.engine.runtime.many import answer_many, outcome, with_bar
@@ -122,9 +122,12 @@ class Engine:
         """Answers in the order of `pairs`, in bounded memory: (image, question), or (image, question, params).
 
         `batch_size` of them are taken up at a time, before the last ones' answers are complete; the questions of one
-        image among them share its encoding. With `on_error="return"` a pair that cannot be served yields its
-        ValueError in place, and the rest go on; a ValueError that stands in place of an image (it could not even be
-        named) comes back so. `progress` shows a bar.
+        image among them share its encoding. Images are read and decoded by a few threads, those of up to 16 further
+        pairs while the engine answers where it leaves cores free; they end with the iterator. With a `batch_size` of 1
+        there are none, and no pair is asked for before the last one's answer was taken.
+
+        With `on_error="return"` a pair that cannot be served yields its ValueError in place, and the rest go on; a
+        ValueError that stands in place of an image (it could not even be named) comes back so. `progress` shows a bar.
 
         Raises:
             ValueError: a parameter is wrong, or a pair cannot be served and `on_error` is "raise".
@@ -137,7 +140,7 @@ class Engine:
 
     def add(
         self,
-        image: Image,
+        image: Image | EarlyImage,
         question: str,
         params: SamplingParams | None = None,
         timeout: float | None = None,

@@ -64,6 +64,11 @@ class ImageCache:
             self._tokens.move_to_end(key)
             return found
 
+    def holds(self, key: bytes) -> bool:
+        """Whether `tokens` would find the image; asking changes nothing."""
+        with self._lock:
+            return key in self._tokens
+
     def keep_tokens(self, key: bytes, tokens: Tensor) -> None:
         """Keeps tokens (N, C), in memory of their own, where the budget has room for any."""
         size = tokens.numel() * tokens.element_size()

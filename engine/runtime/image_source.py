@@ -7,6 +7,8 @@ import hashlib
 import os
 import threading
 import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,27 @@ from miss.engine.data.processor import Processor
 
 Image = str | Path | bytes | np.ndarray | ImageSource
 """A path, encoded bytes, decoded pixels uint8 (H, W, 3), or an entry of a packed data set."""
+
+
+@dataclass(eq=False)
+class Found:
+    """An image's key, and its pixels where they were wanted. lock: held by who makes them."""
+
+    key: bytes
+    pixels: np.ndarray | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class EarlyImage:
+    """An image whose key and pixels another thread finds (`read_ahead.py`)."""
+
+    def __init__(self, image: Image, found: "Future[Found]") -> None:
+        self.image, self._found = image, found
+
+    def found(self) -> Found:
+        """Waits for it; what was wrong with the image is raised here, however often it is asked."""
+        return self._found.result()
+
 
 _SETTLED_NS = 2_000_000_000  # a file written later may still change within one tick of its clock
 _MOST_PATHS = 4096
@@ -33,12 +56,15 @@ class ImageReader:
         self._known: dict[str, tuple[tuple[int, int, int], bytes]] = {}
         self._lock = threading.Lock()
 
-    def key(self, image: Image) -> tuple[bytes, bytes | np.ndarray | None]:
+    def key(self, image: Image | EarlyImage) -> tuple[bytes, bytes | np.ndarray | Found | None]:
         """SHA-256 over content, preprocessing and weights; and what was read on the way, for `pixels`.
 
         Raises:
             ValueError: there is no such file, or the pixels are not uint8 (H, W, 3).
         """
+        if isinstance(image, EarlyImage):
+            found = image.found()
+            return found.key, found
         if isinstance(image, np.ndarray):
             _check(image)
             return self._hash(repr(image.shape).encode() + b"\n", np.ascontiguousarray(image).data), image
@@ -56,13 +82,17 @@ class ImageReader:
             self._remember(path, state, key)
         return key, data
 
-    def pixels(self, image: Image, read: bytes | np.ndarray | None) -> np.ndarray:
+    def pixels(self, image: Image | EarlyImage, read: bytes | np.ndarray | Found | None) -> np.ndarray:
         """uint8 (S, S, 3), from what `key` has read where it has.
 
         Raises:
             ImageError: the image cannot be decoded.
         """
+        if isinstance(image, EarlyImage):
+            assert isinstance(read, Found), "`key` gave it"
+            return self.pixels(image.image, None) if read.pixels is None else read.pixels
         source = image if read is None else read
+        assert not isinstance(source, Found), "an image that was read early comes with what was found"
         return self.processor.image(source if isinstance(source, np.ndarray) else decode_image(source))
 
     def _hash(self, kind: bytes, data: bytes | memoryview) -> bytes:

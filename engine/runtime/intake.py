@@ -10,7 +10,7 @@ from miss.engine.data.processor import Processor
 from miss.engine.runtime.candidates import CandidateLists, Candidates
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.image_cache import ImageCache
-from miss.engine.runtime.image_source import Image, ImageReader
+from miss.engine.runtime.image_source import EarlyImage, Image, ImageReader
 from miss.engine.runtime.request import InvalidRequest, Request, RequestImage
 from miss.engine.runtime.sampler import SamplingParams, make_search
 from miss.engine.runtime.scheduler import Scheduler
@@ -36,7 +36,9 @@ class Intake:
         self.lists = CandidateLists(processor)
         self._ids = itertools.count()
 
-    def request(self, image: Image, question: str, params: SamplingParams, timeout: float | None) -> Request:
+    def request(
+        self, image: Image | EarlyImage, question: str, params: SamplingParams, timeout: float | None
+    ) -> Request:
         """
         Raises:
             ValueError: an `InvalidRequest`, an `ImageError` or a `QuestionError`.
@@ -88,7 +90,11 @@ class Intake:
             )
         return search
 
-    def _image(self, image: Image) -> RequestImage:
+    def needs_no_pixels(self, key: bytes) -> bool:
+        """Whether an image is waited for or encoded already; from any thread, and without counting as a look-up."""
+        return self.scheduler.waiting_image(key) is not None or self.images.holds(key)
+
+    def _image(self, image: Image | EarlyImage) -> RequestImage:
         """One that is waited for already, or that is encoded already, or its pixels."""
         key, read = self.reader.key(image)
         waiting = self.scheduler.waiting_image(key)

@@ -10,8 +10,7 @@ import torch
 
 from miss.engine.runtime.gate import verdict
 from miss.kernels import extension
-from miss.models.packed_loading import load_packed
-from miss.models.quantized import use_int8
+from miss.models.packed_loading import load_int8, load_packed
 from miss.models.vqa import MissVQA
 from miss.models.weights import LoadReport, load_checkpoint, read_config
 
@@ -56,15 +55,18 @@ def load_model(folder: Path, precision: str, device: str) -> tuple[MissVQA, Load
     dtype = _dtype(precision, device)
     scheme, notes = _packed_scheme(folder, precision, device)
     with torch.inference_mode(False):  # a caller's: tensors made in it count no changes, and are never prepared
-        if scheme is None:
-            model, report = load_checkpoint(folder)
+        on_cpu = device == "cpu"
+        if scheme is not None:
+            model, report, _ = load_packed(folder, dtype=_BETWEEN.get(scheme, dtype), prepared=on_cpu)
+            model = model.to(device)
+        elif precision == "int8":
+            model, report = load_int8(folder, dtype=dtype, prepared=on_cpu)
+            model = model.to(device)
         else:
-            model, report, _ = load_packed(folder, dtype=_BETWEEN.get(scheme, dtype))
-        model = model.to(device) if scheme else model.to(device, dtype)
-        if precision == "int8" and scheme is None:
-            use_int8(model)
+            model, report = load_checkpoint(folder)
+            model = model.to(device, dtype)
         model.prepare()
-    extension.trim()  # what the weights went through on their way: 0.4 GB of base in int8
+    extension.trim()  # what the weights went through on their way
     return model, replace(report, notes=notes)
 
 

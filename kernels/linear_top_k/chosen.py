@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from miss.kernels.quant_linear import PackedWeight
+from miss.kernels.quant_linear.packing import rows_at
 from miss.kernels.quant_linear.reference import dynamic, quantise_rows, rescale
 from miss.kernels.registry import ALL_FLOATS, Impl, Op, accumulator, autocast_to
 
@@ -27,7 +28,7 @@ def gathered_quant(hidden: Tensor, data: Tensor, scale: Tensor, bias: Tensor | N
     """In float64 the sums of codes are exact whatever their order."""
     acc = accumulator(hidden.dtype)
     codes, x_scale = quantise_rows(hidden)
-    total = torch.matmul(data[ids].double(), codes.double()[..., None])[..., 0]
+    total = torch.matmul(rows_at(data, scale, ids, hidden.shape[1]).double(), codes.double()[..., None])[..., 0]
     return rescale(total, x_scale, scale[ids], None if bias is None else bias.to(acc)[ids], acc)
 
 

@@ -65,7 +65,7 @@ def _triton_limits(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, 
 def _triton_quant_limits(
     hidden: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, k: int, *_: object
 ) -> str | None:
-    return quant_limits.dynamic(hidden, data, scale, bias, None, None) or _head_limits(hidden, len(data), bias, k)
+    return quant_limits.dynamic(hidden, data, scale, bias, None, None) or _head_limits(hidden, len(scale), bias, k)
 
 
 def _head_limits(hidden: Tensor, num_words: int, bias: Tensor | None, k: int) -> str | None:

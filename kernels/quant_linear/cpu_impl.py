@@ -34,7 +34,7 @@ def forward(
 ) -> Tensor:
     scales = scale if group == 0 else None
     bias = None if bias is None else _bias(bias, x.dtype)
-    return _ops.linear_weight_only(x.contiguous(), panels, scales, data.shape[0], group, zero is not None, bias)
+    return _ops.linear_weight_only(x.contiguous(), panels, scales, scale.shape[0], group, zero is not None, bias)
 
 
 def dynamic(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels: Tensor, offset: Tensor) -> Tensor:

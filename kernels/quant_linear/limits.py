@@ -44,7 +44,7 @@ def embedding(
 def dynamic(
     x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels: Tensor | None, offset: Tensor | None
 ) -> str | None:
-    if data.shape[1] > DEPTH:
+    if data.shape[1] * (1 if data.dim() == 2 else data.shape[3]) > DEPTH:
         return f"its int32 sums hold {DEPTH} columns"
     return forward(x, data, scale, None, bias)
 

@@ -101,7 +101,7 @@ def _(
     panels: Tensor | None,
     offset: Tensor | None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], data.shape[0]))
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
 @torch.library.custom_op("miss::quant_linear_w8a8", mutates_args=())
@@ -115,7 +115,7 @@ def _dynamic(
 def _(
     x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, panels: Tensor | None, offset: Tensor | None
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], data.shape[0]))
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
 @torch.library.custom_op("miss::quant_linear_backward", mutates_args=())
@@ -149,8 +149,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _save_dynamic(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, data, scale, bias, *_ = inputs
-    ctx.columns, ctx.group = data.shape[1], 0
+    x, data, scale, bias, *_ = inputs
+    ctx.columns, ctx.group = x.shape[-1], 0
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(data, scale, None)
 
@@ -202,9 +202,9 @@ def quant_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
 
 
 def prepare(packed: PackedWeight) -> PackedWeight:
-    """`packed` with what the kernels for this CPU read in its place; unchanged where there are none."""
+    """`packed` with what the kernels for this CPU read in its place; unchanged where there are none, or it has it."""
     ours = packed.scheme in ("int8", "int4")
-    if not ours or packed.data.device.type != "cpu" or extension.missing() is not None:
+    if not ours or packed.prepared is not None or packed.data.device.type != "cpu" or extension.missing() is not None:
         return packed
     return lazy("quant_linear.cpu_impl", "prepared")(packed)
 

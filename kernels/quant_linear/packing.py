@@ -20,10 +20,16 @@ llm-int8   as int8; columns of x with a number of at least OUTLIER in any row ar
 nf4 and llm-int8 are bitsandbytes' forms (arXiv 2305.14314, 2208.07339), bit for bit, so that it can multiply with them;
 reading and unpacking them does not need it.
 
+On a CPU with kernels of ours, int8's numbers may lie in the panels that those read, and there alone (`in_panels`):
+
+       data int8 (ceil(N / 64), ceil(K / 4), 64, 4): [p, j, r, i] is that of row 64 p + r, column 4 j + i; 0 beyond
+
+`row_major` gives them back; files, other devices and `pack_…` have rows.
+
 int4's products are exact in float32 (4 + 11 bits), so that every implementation dequantises to the same numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +39,9 @@ from miss.kernels.quant_linear import int4_fit
 from miss.kernels.registry import lazy
 
 GROUPS = (32, 64, 128)
+PANEL = 64  # rows
+# Numbers of a matrix that are rounded or unpacked at a time: base's largest whole takes 0.2 GB of float32 on the way.
+_AT_ONCE = 1 << 18
 _VERSION = 1
 _CODES = {"int8": 8, "int4": 4, "llm-int8": 108, "nf4": 104, "fp8": 208}  # how `layout` calls the schemes
 _DYNAMIC = {"int8": (0, 1), "fp8": (1,)}  # what `layout` may say of activations; 0 elsewhere
@@ -63,7 +72,8 @@ class PackedWeight(NamedTuple):
     """A packed (N, K) matrix. `dynamic` asks for int8 activations too (W8A8), scaled row by row as they come; fp8
     weights always take activations of their own kind.
 
-    `prepared` is what `prepare` adds on a CPU that has kernels of ours; it is no part of a file.
+    `prepared` is what `prepare` adds on a CPU that has kernels of ours; it is no part of a file. `data` may then be its
+    panels (`in_panels`): whoever reads single numbers of it reads `row_major(…)`.
     """
 
     data: Tensor
@@ -76,8 +86,19 @@ class PackedWeight(NamedTuple):
     prepared: Prepared | None = None
 
     def to(self, device: torch.device | str) -> "PackedWeight":
+        """On another device row by row, to be prepared again where that is a CPU; the same where it is there."""
+        if torch.device(device) == self.data.device:
+            return self
         zero = None if self.zero is None else self.zero.to(device)
-        return self._replace(data=self.data.to(device), scale=self.scale.to(device), zero=zero, prepared=None)
+        data = row_major(self.data, self.scale, self.shape[1]).to(device)
+        return self._replace(data=data, scale=self.scale.to(device), zero=zero, prepared=None)
+
+    def in_panels(self) -> "PackedWeight":
+        """With the panels for its only data, where they hold all of it: what a prepared int8 weight of base's 314 MB
+        has twice otherwise. The same weight without `prepared`, and int4, whose panels are read one way only, stay."""
+        if self.prepared is None or self.scheme != "int8":
+            return self
+        return self._replace(data=self.prepared.panels)
 
     @property
     def w8a8(self) -> bool:
@@ -86,7 +107,28 @@ class PackedWeight(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
+        """Row by row, as in a file."""
+        parts = (self.data, self.scale, self.zero)
+        padding = 0 if self.data.dim() < 4 else self.data.numel() - self.shape[0] * self.shape[1]
+        return sum(t.nbytes for t in parts if t is not None) - padding
+
+
+def row_major(data: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """A matrix's `data` row by row: as it is, or int8 (N, K) out of its panels, as a copy."""
+    if not _is_in_panels(data, scale):
+        return data
+    return data.transpose(1, 2).flatten(0, 1).flatten(-2)[: len(scale), :columns].contiguous()
+
+
+def rows_at(data: Tensor, scale: Tensor, ids: Tensor, columns: int) -> Tensor:
+    """The rows `ids` (…) of a matrix's `data`, wherever they lie."""
+    if not _is_in_panels(data, scale):
+        return data[ids]
+    return data.transpose(1, 2)[ids // PANEL, ids % PANEL].flatten(-2)[..., :columns]
+
+
+def _is_in_panels(data: Tensor, scale: Tensor) -> bool:
+    return data.dim() == 4 and scale.dim() == 1
 
 
 class QuantRows(NamedTuple):
@@ -138,12 +180,19 @@ def pack_int8(weight: Tensor, dynamic: bool = False) -> PackedWeight:
     Raises:
         PackingError: the weight is not a finite float matrix.
     """
-    w = _checked(weight)
+    _check_matrix(weight)
+    data = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for rows in _blocks(weight.shape):
+        data[rows], scale[rows] = _int8_rows(_finite(weight[rows]))
+    return PackedWeight(data, scale, None, "int8", 0, _shape(weight), dynamic)
+
+
+def _int8_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     largest = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
     scale = torch.where(largest > 0, largest / 127, 1.0)
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-    data = torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8)
-    return PackedWeight(data, scale, None, "int8", 0, _shape(w), dynamic)
+    return torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
 
 
 def pack_fp8(weight: Tensor) -> PackedWeight:
@@ -249,13 +298,27 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The (N, K) matrix that the packed one stands for, computed in float32 (float64 in float64), in `dtype`."""
     if packed.scheme == "nf4":
         return dequantise_nf4(packed.data, packed.scale, packed.shape, dtype)
-    return dequantise(packed.data, packed.scale, packed.zero, packed.shape[1], packed.group, dtype)
+    if packed.scheme == "int4":
+        return dequantise(packed.data, packed.scale, packed.zero, packed.shape[1], packed.group, dtype)
+    data, scale = row_major(packed.data, packed.scale, packed.shape[1]), packed.scale
+    whole = torch.empty(packed.shape, dtype=dtype, device=data.device)
+    for rows in _blocks(packed.shape):
+        whole[rows] = dequantise(data[rows], scale[rows], None, packed.shape[1], 0, dtype)
+    return whole
+
+
+def _blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """A matrix's rows, some at a time."""
+    step = max(1, _AT_ONCE // max(1, shape[1]))
+    return (slice(first, first + step) for first in range(0, shape[0], step))
 
 
 def dequantise(
     data: Tensor, scale: Tensor, zero: Tensor | None, columns: int, group: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`unpack` on bare tensors; the leading dimensions of data, scale and zero are any, but the same."""
+    """`unpack` on bare tensors; the leading dimensions of data, scale and zero are any, but the same (or data is a
+    matrix's panels)."""
+    data = row_major(data, scale, columns)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     if data.dtype in (torch.int8, FP8):
         return (data.to(acc) * scale.to(acc)[..., None]).to(dtype)
@@ -284,7 +347,8 @@ def from_nibbles(data: Tensor, group: int) -> Tensor:
 def to_flat(packed: PackedWeight, prefix: str) -> dict[str, Tensor]:
     """The packed weight as `{prefix}.data`, `.scale`, `.zero` (where there is one) and `.layout`, for safetensors."""
     layout = [_VERSION, _CODES[packed.scheme], packed.group, *packed.shape, int(packed.dynamic)]
-    flat = {"data": packed.data, "scale": packed.scale, "layout": torch.tensor(layout, dtype=torch.int64)}
+    data = row_major(packed.data, packed.scale, packed.shape[1])
+    flat = {"data": data, "scale": packed.scale, "layout": torch.tensor(layout, dtype=torch.int64)}
     if packed.zero is not None:
         flat["zero"] = packed.zero
     return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in flat.items()}
@@ -369,8 +433,16 @@ def _shape(w: Tensor) -> tuple[int, int]:
 
 
 def _checked(weight: Tensor) -> Tensor:
+    _check_matrix(weight)
+    return _finite(weight)
+
+
+def _check_matrix(weight: Tensor) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise PackingError(f"a weight to pack is a float matrix; got {weight.dtype} {tuple(weight.shape)}")
+
+
+def _finite(weight: Tensor) -> Tensor:
     w = weight.detach().float()
     if not torch.isfinite(w).all():
         raise PackingError("a weight to pack has infinite or NaN values")

@@ -8,7 +8,7 @@ Shapes: R rows, K inputs, N outputs.
 import torch
 from torch import Tensor
 
-from miss.kernels.quant_linear.packing import dequantise
+from miss.kernels.quant_linear.packing import dequantise, row_major
 from miss.kernels.registry import accumulator
 
 
@@ -56,6 +56,7 @@ def dynamic(
     panels: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
+    data = row_major(data, scale, x.shape[-1])
     codes, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
     # In float64 the sums are exact whatever the order (below 2**53), and CUDA has no product of int32 matrices.
     total = (codes.double() @ data.double().T).to(torch.int32)

@@ -29,8 +29,9 @@ def _signed(codes: Tensor) -> Tensor:
     return codes.bitwise_xor(128).view(torch.int8)
 
 
-def _total(codes: Tensor, data: Tensor) -> Tensor:
+def _total(codes: Tensor, data: Tensor, scale: Tensor) -> Tensor:
     """(R, N) int32 sums by PyTorch's own product; one column in float64, because torch 2.13's is wrong there."""
+    data = packing.row_major(data, scale, codes.shape[-1])
     flat = _signed(codes).reshape(-1, codes.shape[-1])
     if 0 in (*flat.shape, *data.shape):
         return flat.new_zeros(len(flat), len(data), dtype=torch.int32)
@@ -62,7 +63,7 @@ def _torch_rows(
     panels: Tensor | None,
     offset: Tensor | None,
 ) -> Tensor:
-    return _finished(_total(codes, data), row_scale, scale, bias, residual, gelu).to(dtype)
+    return _finished(_total(codes, data, scale), row_scale, scale, bias, residual, gelu).to(dtype)
 
 
 def _reference_rows(
@@ -78,6 +79,7 @@ def _reference_rows(
     offset: Tensor | None,
 ) -> Tensor:
     flat = codes.reshape(-1, codes.shape[-1]).double() - 128  # float64 sums are exact whatever their order
+    data = packing.row_major(data, scale, codes.shape[-1])
     return _finished(flat @ data.double().T, row_scale, scale, bias, residual, gelu).to(dtype)
 
 
@@ -91,7 +93,7 @@ def _torch_quantised(
     panels: Tensor | None,
     offset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return packing.quantise_rows(_finished(_total(codes, data), row_scale, scale, bias, None, gelu))
+    return packing.quantise_rows(_finished(_total(codes, data, scale), row_scale, scale, bias, None, gelu))
 
 
 def _reference_quantised(
@@ -149,8 +151,8 @@ def _rows(
 
 
 @_rows.register_fake
-def _(row_scale: Tensor, codes: Tensor, data: Tensor, *rest: Any) -> Tensor:
-    return codes.new_empty((*codes.shape[:-1], data.shape[0]), dtype=rest[4])
+def _(row_scale: Tensor, codes: Tensor, data: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], scale.shape[0]), dtype=rest[3])
 
 
 @torch.library.custom_op("miss::quant_linear_rows_quantised", mutates_args=())
@@ -168,8 +170,8 @@ def _quantised(
 
 
 @_quantised.register_fake
-def _(row_scale: Tensor, codes: Tensor, data: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return codes.new_empty((*codes.shape[:-1], data.shape[0])), row_scale.new_empty(row_scale.shape)
+def _(row_scale: Tensor, codes: Tensor, data: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return codes.new_empty((*codes.shape[:-1], scale.shape[0])), row_scale.new_empty(row_scale.shape)
 
 
 @torch.library.custom_op("miss::quantise_rows", mutates_args=())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from miss.kernels.quant_linear.packing import dequantise
+from miss.kernels.quant_linear.packing import dequantise, row_major, rows_at
 from miss.kernels.quant_linear.reference import quantise_rows, rescale
 from miss.kernels.registry import HALVES
 
@@ -25,7 +25,7 @@ def forward(
 ) -> Tensor:
     if data.dtype == torch.int8 and x.dtype not in HALVES:
         # The codes are exact as floats, so that scaling the outputs spares a pass over the weight.
-        y = F.linear(x, data.to(x.dtype)) * scale.to(x.dtype)
+        y = F.linear(x, row_major(data, scale, columns).to(x.dtype)) * scale.to(x.dtype)
         return y if bias is None else y.add_(bias)
     weight = dequantise(data, scale, zero, columns, group, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -35,13 +35,14 @@ def backward(dy: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, colum
     return dy @ dequantise(data, scale, zero, columns, group, dy.dtype)
 
 
-def dynamic_limits(x: Tensor, data: Tensor, *_: object) -> str | None:
+def dynamic_limits(x: Tensor, data: Tensor, scale: Tensor, *_: object) -> str | None:
     """cuBLAS's int8 product wants multiples of 8 (rows are padded here); on CPU, torch 2.13's `_int_mm` over a single
     column adds what it finds in memory (200 random products of each of 385 small shapes: wrong for K = 1 alone)."""
-    if x.device.type == "cpu" and data.shape[1] == 1:
+    shape = len(scale), x.shape[-1]
+    if x.device.type == "cpu" and shape[1] == 1:
         return "torch._int_mm is wrong for one column on CPU"
-    if x.device.type == "cuda" and (data.shape[0] % 8 or data.shape[1] % 8):
-        return f"torch._int_mm on cuda needs multiples of 8, got a weight of {tuple(data.shape)}"
+    if x.device.type == "cuda" and (shape[0] % 8 or shape[1] % 8):
+        return f"torch._int_mm on cuda needs multiples of 8, got a weight of {shape}"
     return None
 
 
@@ -53,6 +54,7 @@ def dynamic(
     panels: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
+    data = row_major(data, scale, x.shape[-1])
     codes, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
     num_rows = len(codes)
     if x.device.type == "cuda" and 0 < num_rows <= 16:  # torch._int_mm takes more than 16 rows there
@@ -66,4 +68,4 @@ def embedding(
     scale: Tensor, data: Tensor, zero: Tensor | None, ids: Tensor, columns: int, group: int, dtype: torch.dtype
 ) -> Tensor:
     rows = None if zero is None else zero[ids]
-    return dequantise(data[ids], scale[ids], rows, columns, group, dtype).contiguous()
+    return dequantise(rows_at(data, scale, ids, columns), scale[ids], rows, columns, group, dtype).contiguous()

@@ -28,10 +28,12 @@ from miss.engine.runtime.quantize import (
     quantize,
 )
 from miss.engine.runtime.smoothing import apply_fold, folds, smooth, w8a8_error
+from miss.kernels import extension
 from miss.kernels.quant_linear import pack_int4, pack_int8, unpack
+from miss.kernels.registry import use
 from miss.models.config import ConfigError, MissConfig, PreprocessConfig, TextConfig, TokenConfig, VisionConfig
 from miss.models.linear import QuantLinear
-from miss.models.packed_loading import load_packed
+from miss.models.packed_loading import load_int8, load_packed
 from miss.models.quantized import QuantCrossKV, linear_modules, packed_weights, use_int8, use_packed
 from miss.models.tensor_file import map_tensors, read_tensors
 from miss.models.vqa import MissVQA, VQABatch
@@ -393,16 +395,70 @@ class TestRunsPacked:
 
     def test_packed_bytes_stay_in_the_file(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "c", Options("int8-weight"))
-        tensors, _ = map_tensors(folder / "model.safetensors")
+        tensors = map_tensors(folder / "model.safetensors").tensors
         whole = {value.untyped_storage().data_ptr() for value in tensors.values()}
         assert len(whole) == 1  # views of one mapping
         read, _ = read_tensors(folder / "model.safetensors")
         assert all(torch.equal(tensors[name], value) for name, value in read.items()) and tensors.keys() == read.keys()
+        file = map_tensors(folder / "model.safetensors")
+        before = {name: value.clone() for name, value in file.tensors.items()}
+        file.forget()  # what was read is read again
+        assert all(torch.equal(file.tensors[name], value) for name, value in before.items())
         model, _, _ = load_packed(folder, dtype=torch.bfloat16)
         layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
         mapped = {layer.packed.data.untyped_storage().nbytes() for layer in layers}
         assert mapped == {(folder / "model.safetensors").stat().st_size}
         assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+    @pytest.mark.parametrize("scheme", ["int8", "int8-weight", "int4-weight"])
+    def test_laid_out_as_it_is_read(self, tmp_path: Path, scheme: str) -> None:
+        folder = write(tmp_path / "c", Options(scheme))  # type: ignore[arg-type]
+        model, at_once = load_packed(folder)[0], load_packed(folder, prepared=True)[0]
+        assert at_once.state_dict().keys() == model.state_dict().keys()
+        with torch.inference_mode():
+            assert torch.equal(at_once(make_batch()).loss_per_row, model.prepare()(make_batch()).loss_per_row)
+        del model
+        for layer in (m for m in at_once.modules() if isinstance(m, QuantLinear)):
+            assert layer.packed.prepared is not None or extension.missing() is not None
+        if scheme != "int4-weight" and extension.missing() is None and Path("/proc/self/maps").exists():
+            assert str(folder) not in Path("/proc/self/maps").read_text()  # nothing reads the file any more
+
+    def test_int8_of_a_plain_checkpoint_is_made_as_it_is_read(self, tmp_path: Path) -> None:
+        folder = tmp_path / "c"
+        save_checkpoint(make_model(), folder)
+        dense, before = load_checkpoint(folder)
+        want = use_int8(dense.to(torch.bfloat16))
+        for prepared in (False, True):
+            model, report = load_int8(folder, prepared=prepared)
+            assert report == before
+            assert not any(p.requires_grad for p in model.parameters())
+            for (name, a), (_, b) in zip(model.named_modules(), want.named_modules(), strict=True):
+                if isinstance(a, QuantLinear):
+                    assert torch.equal(unpack(a.packed), unpack(b.packed)), name  # type: ignore[union-attr,arg-type]
+            state = want.state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+            with torch.inference_mode():
+                got, wanted = (m.prepare()(make_batch()).loss_per_row for m in (model, want))
+            assert torch.equal(got, wanted)
+        whole = bytearray((folder / "model.safetensors").read_bytes())
+        whole[-5000] ^= 1
+        (folder / "model.safetensors").write_bytes(whole)
+        with pytest.raises(CheckpointError, match="altered"):
+            load_int8(folder)
+        values = saved_state(make_model())
+        save_file({n: v for n, v in values.items() if n != QKV}, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"missing: {QKV}"):
+            load_int8(folder)
+
+    def test_a_prepared_model_goes_on_with_other_rows_and_stays_the_same(self, tmp_path: Path) -> None:
+        """Its rows are given up: who wants them gets them out of the panels."""
+        save_checkpoint(make_model(), tmp_path / "c")
+        model = load_model(tmp_path / "c", "int8", "cpu")[0].float()
+        with torch.inference_mode():
+            want = model(make_batch()).loss_per_row
+            with use(quant_linear_w8a8="reference", quant_linear_rows="reference"):
+                torch.testing.assert_close(model(make_batch()).loss_per_row, want, atol=1e-3, rtol=1e-3)
+        assert torch.equal(model.to("cpu")(make_batch()).loss_per_row, want)
 
     def test_auto_takes_what_passed_the_gate(self, tmp_path: Path) -> None:
         for passed in (True, False, None):
