@@ -57,7 +57,8 @@ def image_tokens(p: Tensors, pixels: Tensor, config: MissConfig) -> Tensor:
 def text_states(
     p: Tensors, config: TextConfig, ids: Tensor, real: Tensor, tokens: Tensor | None, own: str, causal: bool = False
 ) -> Tensor:
-    """States (R, T, C). `own`: whose self-attention, encoder or decoder; all else is the encoder's. tokens (R, N, C)."""
+    """States (R, T, C). `own`: whose self-attention, encoder or decoder; all else is the encoder's.
+    tokens (R, N, C)."""
     eps, width = config.layer_norm_eps, config.hidden_size
     x = p["encoder.embeddings.word.weight"][ids] + p["encoder.embeddings.position.weight"][: ids.shape[1]]
     x = norm(p, "encoder.embeddings.norm", x, eps)
