@@ -28,8 +28,7 @@ from miss.models.vision import VisionTransformer
 # Rows of every process, one behind another in the order of ranks, and where this process's start.
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
-SHARED = ("embeddings", "cross_kv")  # of the decoder; and of each of its layers:
-SHARED_OF_LAYER = ("cross_attention", "mlp")
+SHARED_OF_LAYER = ("cross_attention", "mlp")  # what a decoder's layer has of the encoder's
 
 
 def alone(rows: Tensor) -> tuple[Tensor, int]:
