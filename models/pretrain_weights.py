@@ -104,9 +104,7 @@ def untie(config: MissConfig, tensors: Mapping[str, Tensor], seed: int = 0) -> C
             assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)}, wanted {shape}"
             copied[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
     drawn = {name: fresh_tensor(name, shape, seed) for name, shape in shapes.items() if name not in copied}
-    notes = [
-        f"{name} read image tokens, and now reads question states" for name in copied if "decoder.cross_kv" in name
-    ]
+    read = [name for name in copied if name.startswith("decoder.cross_kv")]
     report = LoadReport(
         matched=tuple(copied),
         missing=tuple(drawn),
