@@ -67,9 +67,9 @@ def contrast(
         batch: those of all processes' pairs, (N, P); this process's start at row `first`.
         queue: those of the batches before.
     """
-    ids = (None, None) if compat else (batch.ids, queue.ids)
-    to_text = contrastive_loss(image, teacher.image, batch.text, queue.text, temperature, alpha, *ids, first)
-    to_image = contrastive_loss(text, teacher.text, batch.image, queue.image, temperature, alpha, *ids, first)
+    here, before = (None, None) if compat else (batch.ids, queue.ids)
+    to_text = contrastive_loss(image, teacher.image, batch.text, queue.text, temperature, alpha, here, before, first)
+    to_image = contrastive_loss(text, teacher.text, batch.image, queue.image, temperature, alpha, here, before, first)
     return (to_text + to_image) / 2
 
 

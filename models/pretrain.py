@@ -170,10 +170,11 @@ class MissPretrain(nn.Module):
         text = objectives.normalised(self.text_projection(states))
         # The original's twin drops out as its model does; a teacher without noise is the better one.
         dtype = self.matching_head.weight.dtype
-        seen = self.memory.twin(batch.pixels, ids, batch.lengths, dtype, mix(seed, 1) if compat else None)
-        teacher = Features(*seen, batch.numbers)
-        features, first = gather(torch.cat(seen, 1))
-        everyone = Features(*features.chunk(2, 1), gather(batch.numbers)[0])
+        image_m, text_m = self.memory.twin(batch.pixels, ids, batch.lengths, dtype, mix(seed, 1) if compat else None)
+        teacher = Features(image_m, text_m, batch.numbers)
+        both, first = gather(torch.cat([image_m, text_m], 1))
+        images, texts = both.chunk(2, 1)
+        everyone = Features(images, texts, gather(batch.numbers)[0])
         queue = self.memory.queue.features
         loss = objectives.contrast(image, text, teacher, everyone, first, queue, temperature, alpha, compat)
         pairs = objectives.matching_pairs(image, text, teacher, temperature.detach(), seed, compat)

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from miss.benchmarks.peers.literal_pretrain import draw, soft_contrast
 from miss.models import objectives as o
 from miss.models.config import TextConfig
 from miss.models.joint import JointEncoder
 from miss.models.layers import mix
 from miss.models.queue import NO_CAPTION, Features, Queue
 from miss.models.vision import VisionTransformer
-from tests.models.literal import draw, soft_contrast
 from tests.models.test_parity import small_config
 
 PAIRS, PLACES, WIDTH = 5, 7, 6

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from miss.benchmarks.peers.literal_pretrain import Step
 from miss.kernels.registry import use
 from miss.models.config import ConfigError, MissConfig
 from miss.models.pretrain import MissPretrain, ObjectiveConfig, PretrainBatch
-from tests.models.literal import Step
 from tests.models.test_parity import USED, small_config
 
 PAIRS, PLACES = 4, 10
