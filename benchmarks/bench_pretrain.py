@@ -80,8 +80,8 @@ def original(model: MissPretrain, batch: PretrainBatch) -> Callable[[], Tensor]:
     """The same from copies of the model's weights."""
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     twin = {name: p.clone() for name, p in model.memory.twin.named_parameters()}
-    queue = (t.clone() for t in model.memory.queue.features)
-    literal = Step(model.config, parameters, twin, *queue)
+    image, text, ids = (t.clone() for t in model.memory.queue.features)
+    literal = Step(model.config, parameters, twin, image, text, ids)
     optimiser = torch.optim.AdamW(parameters.values(), RATE, fused=True)
     pixels = batch.pixels.float()
 

@@ -133,7 +133,8 @@ class MissPretrain(nn.Module):
         itc, pairs, features = self._contrast(batch, tokens[:, 0], gather, alpha, seed)
         logits = self._matching(batch, image_kv, pairs, mix(seed, 2))
         captions, num_words = self._captions(batch, image_kv, index, mix(seed, 3))
-        count = torch.stack([t.double() for t in (index.new_tensor(len(index)), pairs.weight.sum(), num_words)])
+        rows = torch.full_like(num_words, len(index))
+        count = torch.stack([t.double() for t in (rows, pairs.weight.sum(), num_words)])
         everyone = gather(count[None])[0].mean(0)  # an average over processes of sums over this is the mean over rows
         itm = objectives.matching_loss(logits, pairs).sum()
         itc, itm, lm = (loss / share for loss, share in zip((itc.sum(), itm, captions), everyone.to(itm), strict=True))

@@ -76,8 +76,8 @@ def text_states(
         if tokens is not None:
             both = slice(2 * i * width, 2 * (i + 1) * width)
             kv = F.linear(tokens, p["encoder.cross_kv.weight"][both], p["encoder.cross_kv.bias"][both])
-            q = dense(p, f"{layer}.cross_attention.query", x)
-            read = dense(p, f"{layer}.cross_attention.output", attend(q, *kv.chunk(2, -1), config.num_heads, None))
+            q, (k, v) = dense(p, f"{layer}.cross_attention.query", x), kv.chunk(2, -1)
+            read = dense(p, f"{layer}.cross_attention.output", attend(q, k, v, config.num_heads, None))
             x = norm(p, f"{layer}.cross_attention.norm", x + read, eps)
         h = dense(p, f"{layer}.mlp.output", F.gelu(dense(p, f"{layer}.mlp.input", x)))
         x = norm(p, f"{layer}.mlp.norm", x + h, eps)
@@ -110,9 +110,11 @@ def soft_contrast(
     return total
 
 
-def draw(weights: Tensor, seed: int) -> Tensor:
+def draw(weights: Tensor, seed: int | None) -> Tensor:
     """One column of each row with that weight: the largest weight / -log(u), u the operation's own counters."""
-    u = uniform(as_seed(seed, 0.5), tuple(weights.shape), weights.device)
+    counters = as_seed(seed, 0.5)
+    assert counters is not None
+    u = uniform(counters, tuple(weights.shape), weights.device)
     return (weights / -u.to(weights.dtype).log()).argmax(1)
 
 

@@ -112,6 +112,23 @@ def test_the_twin_follows_as_the_original_s():
         model.after_update(losses)
 
 
+def test_a_float32_twin_after_1000_updates_is_the_float64_one():
+    """Momentum 0.995, weights that wander: rounding stays at float32's last places, in the weights' bf16, too."""
+    config, objective = pretrain_config(), dataclasses.replace(OBJECTIVE, momentum=0.995)
+    twin = MissPretrain(config, objective).memory.twin
+    name = "vision.cls_token"
+    exact = twin.get_parameter(name).double()
+    value = exact.clone()
+    for _ in range(1000):
+        value = value + 0.01 * torch.randn_like(value)
+        seen = value.bfloat16()
+        twin.follow({name: seen}, objective.momentum)
+        exact = 0.995 * exact + (1 - 0.995) * seen.double()
+    assert (twin.get_parameter(name) - exact).abs().max() < 2e-6 * exact.abs().max()
+    with pytest.raises(ValueError, match="follows none of elsewhere"):
+        twin.follow({"elsewhere": value}, 0.9)
+
+
 def test_processes_together_are_one():
     """Rows of two processes of uneven size, gathered: the average of their losses and gradients is one process's."""
     model = pretrain_model(pretrain_config())
