@@ -47,13 +47,37 @@ class JointEncoder(nn.Module):
             seed: dropout's seed; None drops nothing.
             padded: compute the padded positions' states too, as the original does, instead of zeros.
         """
-        packing = None if padded else Packing.of(lengths, ids.shape[1])
-        if packing is None:
-            x = self.embeddings(ids, seed=seed)
-        else:
-            x = self.embeddings(packing.pack(ids), packing.position, seed)
-            image_index = None if image_index is None else image_index[packing.row]
+        x, packing = self._embedded(ids, lengths, seed, padded)
+        if packing is not None and image_index is not None:
+            image_index = image_index[packing.row]
         for i, layer in enumerate(self.layers):
             source = None if image_kv is None else image_kv[i]
             x = layer(x, lengths, source, image_index, seed=mix(seed, i), packing=packing)
         return x if packing is None else packing.unpack(x)
+
+    def first(
+        self,
+        ids: Tensor,
+        lengths: Tensor | None = None,
+        image_kv: list[KV] | None = None,
+        image_index: Tensor | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """The last layer's states of the first tokens, (R, C): its other rows, which nobody reads, are not computed."""
+        x, packing = self._embedded(ids, lengths, seed)
+        index = image_index if packing is None or image_index is None else image_index[packing.row]
+        *before, last = self.layers
+        for i, layer in enumerate(before):
+            source = None if image_kv is None else image_kv[i]
+            x = layer(x, lengths, source, index, seed=mix(seed, i), packing=packing)
+        assert isinstance(last, TextLayer)
+        source = None if image_kv is None else image_kv[len(before)]
+        return last.first(x, lengths, source, image_index, mix(seed, len(before)), packing)
+
+    def _embedded(
+        self, ids: Tensor, lengths: Tensor | None, seed: int | None, padded: bool = False
+    ) -> tuple[Tensor, Packing | None]:
+        packing = None if padded else Packing.of(lengths, ids.shape[1])
+        if packing is None:
+            return self.embeddings(ids, seed=seed), None
+        return self.embeddings(packing.pack(ids), packing.position, seed), packing

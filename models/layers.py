@@ -28,6 +28,19 @@ def mix(seed: int | None, site: int) -> int | None:
     return (z ^ (z >> 31)) >> 1  # non-negative in an int64
 
 
+def first_tokens(x: Tensor, packing: Packing | None = None) -> Tensor:
+    """The first token of each row: x (R, T, C), or (M, C) with its packing -> (R, C)."""
+    return x[:, 0] if packing is None else x.index_select(0, packing.offsets[:-1].long())
+
+
+def initialise(module: nn.Module) -> None:
+    """BERT's and the ViT's own start: normal with standard deviation 0.02, biases zero."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
 class LayerNorm(nn.Module):
     """Layer normalization over the last dimension, alone or after adding a residual."""
 
@@ -136,6 +149,27 @@ class SelfAttention(nn.Module):
         out = attention_varlen(q, k, v, packing.offsets, packing.max_length, causal, None, p, seed)
         return self.output(out.flatten(-2))
 
+    def first(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        packing: Packing | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
+    ) -> Tensor:
+        """What `forward` gives each row's first token, (B, C): x (B, T, C), or (M, C) with a packing.
+
+        Keys and values of all tokens, the query and the output projection of one: 2 C^2 of 4 C^2 products a token.
+        """
+        assert isinstance(self.qkv, Linear), "the first token alone is for training: not of packed weights"
+        width = x.shape[-1]
+        k, v = self.qkv(x, part=slice(width, None)).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        if packing is not None:
+            k, v = packing.unpack(k), packing.unpack(v)
+        q = self.qkv(first_tokens(x, packing), part=slice(width)).unflatten(-1, (self.num_heads, -1))
+        out = attention(q[:, None], k, v, lengths, False, None, dropout if seed is not None else 0.0, seed)
+        return self.output(out[:, 0].flatten(-2))
+
     def tree(self, x: Tensor, ancestors: Tensor) -> Tensor:
         """Nodes of packed trees x (N, C), each attending to its `ancestors` (N, L)."""
         return self.output(tree_attention(*self.project(x), ancestors).flatten(-2))
@@ -210,6 +244,25 @@ class TextLayer(nn.Module):
             read = self.cross_attention(rows, source, index, source_lengths, self.attention_dropout, mix(seed, 2))
             x, rows = self.cross_attention.norm.add_both(read, x, self.mlp.input, self.dropout, mix(seed, 3))
         return self.mlp.norm.add(self.mlp(rows), x, self.dropout, mix(seed, 4))[0]
+
+    def first(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        source: KV | None,
+        index: Tensor | None,
+        seed: int | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """What `forward` gives the first token of each row, (R, C), where nobody reads the others: x as there, `index`
+        (R,) also with a packing. Without dropout exactly that; with it another draw, as the masks are smaller."""
+        attended = self.self_attention.first(x, lengths, packing, self.attention_dropout, mix(seed, 0))
+        x = self.self_attention.norm.add(attended, first_tokens(x, packing), self.dropout, mix(seed, 1))[0]
+        if source is not None:
+            assert index is not None, "a cross-attention source comes with the rows' index into it"
+            read = self.cross_attention(x, source, index, None, self.attention_dropout, mix(seed, 2))
+            x = self.cross_attention.norm.add(read, x, self.dropout, mix(seed, 3))[0]
+        return self._mlp(x, seed)
 
     def tree(self, x: Tensor, ancestors: Tensor, source: KV, index: Tensor, source_lengths: Tensor | None) -> Tensor:
         """Nodes of packed trees through the layer: x (N, C) -> (N, C)."""

@@ -57,8 +57,10 @@ class Linear(nn.Linear):
     def panels(self) -> Tensor | None:
         return None if self._panels is None else self._panels.of(self.weight)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x W^T + b, plus residual (…, out_features) where one is given."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, part: slice | None = None) -> Tensor:
+        """x W^T + b, plus residual (…, out_features) where one is given. `part`: of these outputs alone."""
+        if part is not None:
+            return linear(x, self.weight[part], None if self.bias is None else self.bias[part], residual)
         return linear(x, self.weight, self.bias, residual, self.panels())
 
     def gelu(self, x: Tensor | QuantRows, then: "Linear | QuantLinear | None" = None) -> Tensor:

@@ -30,7 +30,7 @@ def from_original(
         CheckpointError: tensors are missing, unexpected or of wrong shapes, or belong to the peft library's wrappers.
     """
     tensors, leftovers, dropped = renamed(state, "original", choices.allow_missing, where)
-    base = MissConfig.from_dict(dict(own)) if own is not None else _original_config(tensors, choices)
+    base = MissConfig.from_dict(dict(own)) if own is not None else original_config(tensors, choices)
     return finished(base, tensors, leftovers, dropped, choices, where)
 
 
@@ -44,7 +44,7 @@ def to_original(config: MissConfig, tensors: Mapping[str, Tensor]) -> dict[str, 
     return state
 
 
-def _original_config(tensors: dict[str, Tensor], choices: Choices) -> MissConfig:
+def original_config(tensors: dict[str, Tensor], choices: Choices) -> MissConfig:
     """Sizes from shapes; what shapes do not tell (epsilons, dropout) from the original's code."""
     vision = vision_config(tensors, choices.num_heads, MissConfig.preset("base").vision)
     encoder = text_config(tensors, "encoder", choices.text_num_heads, TextConfig())

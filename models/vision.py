@@ -77,6 +77,12 @@ class VisionBlock(nn.Module):
         h, x = self.norm2.add_feed(self._branch(attended), x, self.mlp.input)
         return x + self._branch(self.mlp(h)) if self._drops else self.mlp(h, residual=x)
 
+    def first(self, x: Tensor) -> Tensor:
+        """What `forward` gives each image's [CLS] alone: x (I, 1 + N, C) -> (I, C)."""
+        attended = self.attention.first(self.norm1(x))
+        h, x = self.norm2.add(self._branch(attended), x[:, 0])
+        return x + self._branch(self.mlp(h)) if self._drops else self.mlp(h, residual=x)
+
     @property
     def _drops(self) -> bool:
         return self.training and self.drop_path > 0
@@ -85,7 +91,7 @@ class VisionBlock(nn.Module):
         if not self._drops:
             return x
         keep = 1 - self.drop_path
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep
+        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < keep
         return x * (kept.to(x.dtype) / keep)
 
 
@@ -110,13 +116,27 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: height or width is not a multiple of the patch size.
         """
-        x = self.patch_embed(pixels)
-        patch = self.config.patch_size
-        positions = self.positions((pixels.shape[1] // patch, pixels.shape[2] // patch)).to(x.dtype)
-        x = torch.cat([(self.cls_token.to(x.dtype) + positions[:, :1]).expand(len(x), -1, -1), x + positions[:, 1:]], 1)
+        x = self._embedded(pixels)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def first(self, pixels: Tensor) -> Tensor:
+        """[CLS] of every image, (I, C): the last block's other rows, which nobody reads, are not computed."""
+        x = self._embedded(pixels)
+        *before, last = self.blocks
+        for block in before:
+            x = block(x)
+        assert isinstance(last, VisionBlock)
+        return self.norm(last.first(x))
+
+    def _embedded(self, pixels: Tensor) -> Tensor:
+        x = self.patch_embed(pixels)
+        patch = self.config.patch_size
+        positions = self.positions((pixels.shape[1] // patch, pixels.shape[2] // patch)).to(x.dtype)
+        return torch.cat(
+            [(self.cls_token.to(x.dtype) + positions[:, :1]).expand(len(x), -1, -1), x + positions[:, 1:]], 1
+        )
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table (1, 1 + N, C) for a grid of (rows, columns) patches."""

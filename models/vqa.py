@@ -17,7 +17,7 @@ from miss.models.config import MissConfig
 from miss.models.cross_kv import split_layers
 from miss.models.decoder import AnswerDecoder
 from miss.models.joint import JointEncoder
-from miss.models.layers import mix
+from miss.models.layers import initialise, mix
 from miss.models.linear import Linear, QuantLinear
 from miss.models.vision import PatchEmbed, VisionTransformer
 
@@ -75,7 +75,7 @@ class MissVQA(nn.Module):
         self.vision = VisionTransformer(config.vision, config.preprocess)
         self.encoder = JointEncoder(config.encoder)
         self.decoder = AnswerDecoder(config.decoder, self.encoder.embeddings if config.tie_embeddings else None)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """pixels uint8 (I, S, S, 3) -> image tokens (I, N, C), [CLS] first."""
@@ -185,11 +185,3 @@ class MissVQA(nn.Module):
         )
         total = torch.zeros(len(labels), dtype=loss.dtype, device=loss.device).index_add(0, row, loss)
         return VQAOutput(total, real.sum(1))
-
-
-def _initialise(module: nn.Module) -> None:
-    """BERT's and the ViT's own start: normal with standard deviation 0.02, biases zero."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

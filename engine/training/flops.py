@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from miss.models.config import MissConfig, TextConfig
+from miss.models.pretrain import ObjectiveConfig, PretrainBatch
 from miss.models.vqa import VQABatch
 
 
@@ -56,6 +57,44 @@ def training_flops(config: MissConfig, batch: VQABatch, train_vision: bool, trai
     text = text_flops(e, questions, tokens) + text_flops(d, answers, questions)
     total += image_kv * (3 if train_vision else 2) + words * (3 if train_words else 2)
     return total + 3 * (text + question_kv + head)
+
+
+def pretraining_flops(
+    config: MissConfig, objective: ObjectiveConfig, batch: PretrainBatch, alpha: bool = True
+) -> float:
+    """Forward and backward FLOPs of a pretraining step as `models/pretrain.py` runs it.
+
+    A negative text counts as long as the pair's own: which is drawn stands on the device. The momentum twin has a
+    forward only, patches get no gradient, the queue's features none. `alpha`: whether the twin's opinion counts.
+    """
+    v, e, d, width = config.vision, config.encoder, config.decoder, objective.feature_width
+    images, lengths = len(batch.ids), batch.lengths.double()
+    tokens = (batch.pixels.shape[1] // v.patch_size) * (batch.pixels.shape[2] // v.patch_size) + 1
+    vision = vision_flops(config, images, tokens)
+    patches = 2.0 * images * (tokens - 1) * 3 * v.patch_size**2 * v.hidden_size
+    last = 2.0 * (tokens - 1) * (2 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
+    last += 4.0 * (tokens - 1) * tokens * v.hidden_size
+    image_kv = 4.0 * images * tokens * e.source_width * e.num_layers * e.hidden_size
+    alone, matching = first_token_flops(e, lengths, 0), 3 * first_token_flops(e, lengths, tokens)
+    words = float((lengths - 1).sum())
+    captions = text_flops(d, lengths - 1, tokens) + 2.0 * words * d.hidden_size * (d.hidden_size + d.vocab_size)
+    projections = 2.0 * images * width * (v.hidden_size + e.hidden_size)
+    contrast = 4.0 * images * (images + objective.queue_size) * width
+    negatives = 4.0 * images**2 * width
+    trained = vision + image_kv + alone + matching + captions + projections + 12.0 * images * e.hidden_size
+    twin = vision - images * last + alone + projections + (contrast if alpha else 0.0)
+    masked = text_flops(e, lengths, tokens) + 2.0 * words * e.hidden_size**2 if objective.mlm else 0.0
+    return 3 * (trained + masked) - patches + 2 * contrast + twin + negatives
+
+
+def first_token_flops(config: TextConfig, lengths: Tensor, keys: int) -> float:
+    """Forward FLOPs of the joint encoder where only the first token's last state is wanted; `keys` 0: text alone."""
+    c, f = config.hidden_size, config.intermediate_size
+    lengths = lengths.double()
+    products = 4 * c * c + 2 * c * f + (2 * c * c if keys else 0)
+    layer = 2 * lengths * products + 4 * lengths * (lengths + keys) * c
+    last = 2 * (products + (lengths - 1) * 2 * c * c) + 4 * (lengths + keys) * c
+    return float(((config.num_layers - 1) * layer + last).sum())
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:

@@ -3,6 +3,7 @@
     miss bench kernels                    all operations at the shapes of base, on CPU
     miss bench kernels --op attention --dtype bfloat16 --shapes small --out runs/bench
     miss bench answer --preset base --peers headline --out benchmarks/results
+    miss bench pretrain --pairs 16        our pretraining step against the original's, in turn
     miss bench compare before.jsonl after.jsonl --limit 10
     miss bench merge DIR                  what benchmarks/gpu_suite.sh wrote on a GPU, into this repository
 
@@ -136,6 +137,40 @@ def merge(args: MergeArgs) -> int:
         return 0
     print(found.page)
     print(f"{found.records} records added to the {found.kept} that were there; written: {', '.join(found.written)}")
+    return 0
+
+
+@dataclass
+class PretrainArgs:
+    """Time a pretraining step of ours and the step as the original writes it, in turn, on CPU; losses held together."""
+
+    preset: Literal["small", "base", "large"] = "small"
+    """Whose shapes; random weights."""
+    pairs: int = 16
+    """Images with a caption in a step."""
+    size: int = 224
+    """Pixels a side."""
+    steps: int = 5
+    """Timed, of each; one more warms up."""
+    precision: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    """float32, and bf16 autocast."""
+    threads: int = 0
+    """0: as PyTorch decides."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def pretrain(args: PretrainArgs) -> int:
+    from miss.benchmarks import bench_pretrain, record
+
+    if min(args.pairs, args.steps) < 1 or args.threads < 0 or not args.precision:
+        raise ValueError("--pairs, --steps: wanted at least 1; --threads 0 or more; --precision fp32, bf16")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    options = bench_pretrain.Options(args.preset, args.pairs, args.size, args.steps, args.precision)
+    environment = record.environment(torch.device("cpu"))
+    found = bench_pretrain.run(options, (lambda text: None) if args.json else print)
+    print(json.dumps({**found, "environment": environment}))
     return 0
 
 
@@ -281,6 +316,7 @@ def _differs(before: dict[str, Any], after: dict[str, Any]) -> str:
 COMMANDS = {
     "kernels": (KernelArgs, kernels),
     "answer": (AnswerArgs, answer),
+    "pretrain": (PretrainArgs, pretrain),
     "compare": (CompareArgs, compare),
     "merge": (MergeArgs, merge),
 }

@@ -1,0 +1,114 @@
+"""A pretraining model's tensors: each shared one saved once, loaded strictly, begun from and turned into an answering
+model.
+
+Knows our names and which tensors are one; does not know files, or the original's names (`pretrain_original.py`).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from miss.models.config import MissConfig
+from miss.models.conversion import Converted
+from miss.models.fitting import LoadReport, fit, fresh_tensor
+from miss.models.pretrain import MissPretrain
+from miss.models.weights import model_shapes
+
+MEMORY = "memory."
+_SHARED = re.compile(r"decoder\.(embeddings|cross_kv|layers\.\d+\.(cross_attention|mlp))\..+")
+_KEYS_AND_VALUES = ("cross_kv.weight", "cross_kv.bias")
+
+
+def saved_pretraining(model: MissPretrain, memory: bool = True) -> dict[str, Tensor]:
+    """Every parameter once, under the encoder's name where towers share it; `memory.…` are the twin and the queue."""
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    if memory:
+        tensors |= {f"{MEMORY}{name}": t for name, t in model.memory.tensors().items()}
+    return tensors
+
+
+@torch.no_grad()
+def load_pretraining(model: MissPretrain, tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> LoadReport:
+    """The inverse of `saved_pretraining`, exactly. Without any `memory.…` the twin becomes the weights.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of wrong shapes.
+    """
+    given = {name: t for name, t in tensors.items() if not name.startswith(MEMORY)}
+    parameters = dict(model.named_parameters())
+    chosen, report = fit({name: tuple(p.shape) for name, p in parameters.items()}, given, where=where)
+    for name, parameter in parameters.items():
+        parameter.copy_(chosen[name])
+    memory = {name.removeprefix(MEMORY): t for name, t in tensors.items() if name.startswith(MEMORY)}
+    if not memory:
+        model.reset_twin()
+        return replace(report, notes=("no momentum twin in it: the twin starts as the weights, the queue anew",))
+    model.memory.load(memory)
+    return replace(report, matched=(*report.matched, *(f"{MEMORY}{name}" for name in memory)))
+
+
+@torch.no_grad()
+def begin_pretraining(model: MissPretrain, tensors: Mapping[str, Tensor]) -> LoadReport:
+    """Starts from an answering model's tensors (our names): what pretraining adds stays as it was drawn.
+
+    The decoder's own cross-attention, MLPs and embeddings are dropped: it takes the encoder's.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of wrong shapes.
+    """
+    shared = tuple(name for name in tensors if _SHARED.fullmatch(name))
+    parameters = dict(model.named_parameters())
+    added = ("image_projection.*", "text_projection.*", "matching_head.*", "temperature")
+    given = {name: t for name, t in tensors.items() if name not in shared}
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    chosen, report = fit(shapes, given, allow_missing=added, allow_resize=True)
+    for name in set(parameters) - set(report.missing):
+        parameters[name].copy_(chosen[name])
+    model.reset_twin()
+    return replace(report, dropped=shared)
+
+
+def both_towers(config: MissConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the shared ones under the decoder's names, too, the same memory twice."""
+    width, layers = config.encoder.hidden_size, config.decoder.num_layers
+    out = dict(tensors)
+    for name, tensor in tensors.items():
+        twice = name.replace("encoder.", "decoder.", 1)
+        if not name.startswith("encoder.") or not _SHARED.fullmatch(twice):
+            continue
+        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+        if layer is None or int(layer.group(1)) < layers:
+            out[twice] = tensor[: layers * 2 * width] if name.endswith(_KEYS_AND_VALUES) else tensor
+    return out
+
+
+def untie(config: MissConfig, tensors: Mapping[str, Tensor], seed: int = 0) -> Converted:
+    """An answering model from pretraining's tensors: the decoder gets copies of what it shared.
+
+    Its cross-attention read image tokens and will read question states: where these are of another width its keys and
+    values are drawn anew, as copying them is impossible. With `config.tie_embeddings` the table of words stays one.
+
+    Returns:
+        the tensors, all with memory of their own; of the report `matched` are copied, `missing` drawn, `dropped` are
+        pretraining's alone (twin, queue, projections, matching head, temperature).
+    """
+    both = both_towers(config, tensors)
+    shapes, copied = model_shapes(config), {}
+    for name, shape in shapes.items():
+        tensor = both.get(name)
+        reads_anew = name.startswith("decoder.cross_kv") and config.vision.hidden_size != config.encoder.hidden_size
+        if tensor is not None and not reads_anew:
+            assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)}, wanted {shape}"
+            copied[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    drawn = {name: fresh_tensor(name, shape, seed) for name, shape in shapes.items() if name not in copied}
+    read = [name for name in copied if name.startswith("decoder.cross_kv")]
+    report = LoadReport(
+        matched=tuple(copied),
+        missing=tuple(drawn),
+        dropped=tuple(name for name in tensors if name not in shapes),
+        notes=tuple(f"{name} read image tokens and now reads question states" for name in read),
+    )
+    return Converted(config, copied | drawn, report)
