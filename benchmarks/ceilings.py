@@ -24,6 +24,7 @@ _TURNS = 400_000  # 1.5 to 3 ms of the loops in csrc/cpu/ceilings.inl.h
 _BUFFER = 256 << 20  # eight times the 32 MB of L3 that this code was written on: what is read is never still there
 _PIECE = 64 << 20
 _SETTLING = 0.3  # seconds
+_GPU_REPEATS = 8  # of the whole buffer, which no L2 holds: 0.5 ms and more, where one piece takes as long as a launch
 _BURST = 5e-4  # seconds that reading from a cache is repeated for
 _SIDE = {"cpu": 1024, "cuda": 8192}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,11 +66,13 @@ class Ceilings:
         """
         half = 2 if kind == "copy" else 1
         if nbytes is None:
-            piece, repeats = self._next(_PIECE // half), 1
+            whole = self.device.type == "cuda"
+            piece, repeats = (self._buffer(0), _GPU_REPEATS) if whole else (self._next(_PIECE // half), 1)
         else:
             size = max(1 << 14, nbytes // half)
             piece = self._buffer(0)[: min(size // 4096 * 1024, _BUFFER // 4)]
-            repeats = max(1, int(_BURST * 6e10 / (piece.nbytes * half)))
+            rate = 6e10 if self.device.type == "cpu" else 6e12
+            repeats = max(1, int(_BURST * rate / (piece.nbytes * half)))
         target = self._buffer(1)[: piece.numel()] if kind == "copy" else piece
         ways = self._ways(kind, piece, target, nbytes is not None)
         return max(piece.nbytes * half * repeats / self._seconds(way, repeats, nbytes is not None) for way in ways)
@@ -87,16 +90,23 @@ class Ceilings:
     def _seconds(self, call: Callable[[], Any], repeats: int, warm: bool = False) -> float:
         if warm:
             call()
-        self._wait()
+        if self.device.type == "cuda":
+            return self._device_seconds(call, repeats)
         start = time.perf_counter()
         for _ in range(repeats):
             call()
-        self._wait()
         return time.perf_counter() - start
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _device_seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        """Between events, behind a burst that keeps the device busy while the host launches: never run on a GPU."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._buffer(0).sum()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
 
     def _buffer(self, index: int) -> Tensor:
         if index not in self._buffers:

@@ -95,13 +95,23 @@ def _object(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and "record" in found else None
 
 
+def _whole(path: Path) -> dict[str, Any] | None:
+    """None: half written by a process that was ended."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "setting" in found else None
+
+
 def _answers(plan: Plan) -> None:
     results = {}
     if (plan.out / ANSWERS).exists():
         results = json.loads((plan.out / ANSWERS).read_text(encoding="utf-8"))
     for path in sorted((plan.work / "answers").glob("answer-*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        results[found["setting"]["label"]] = found
+        found = _whole(path)
+        if found is not None:
+            results[found["setting"]["label"]] = found
     if results:
         state.write_json(plan.out / ANSWERS, results)
 

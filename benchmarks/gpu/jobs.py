@@ -73,7 +73,8 @@ class Board:
 
 
 def run_all(jobs: list[Job], plan: Plan, board: Board, logs: str, parallel: int = 1) -> list[str]:
-    """Runs what is not done yet; the names of those that did not end well, or for which no time was left."""
+    """Runs what is not done yet; the names of those that did not end well. One for which no time was left is not among
+    them: the board says `partial`, and the next run begins with it."""
     deadline, names = time.monotonic() + plan.seconds, [job.name for job in jobs]
     waiting = [job for job in jobs if not board.done(job.name)]
     shares = {job.name: job.weight / sum(other.weight for other in waiting[i:]) for i, job in enumerate(waiting)}
@@ -82,7 +83,6 @@ def run_all(jobs: list[Job], plan: Plan, board: Board, logs: str, parallel: int 
     def one(job: Job) -> None:
         left = deadline - time.monotonic()
         if left < _LEAST:
-            bad.append(job.name)
             board.put(job.name, {"status": "partial", "why": "no time was left"}, names)
             return
         # Jobs that run beside each other have one end; those in a row share what is left.
@@ -107,8 +107,11 @@ def _run(job: Job, plan: Plan, limit: float, name: str) -> dict[str, Any]:
     with log.open("rb") as file:
         file.seek(start)
         said = file.read().decode("utf-8", "replace")
-    status = "hung" if ended.hung else "done" if ended.code in (0, *job.fine) else "failed"
-    entry = {"status": status, "seconds": round(ended.seconds, 1), "exit_code": ended.code, "result": job.read(said)}
+    result = job.read(said)
+    # Python ends with 1 too where it falls over: a result says that the command came to its end.
+    well = ended.code == 0 or (ended.code in job.fine and (result is not None or ended.code != 1))
+    status = "hung" if ended.hung else "done" if well else "failed"
+    entry = {"status": status, "seconds": round(ended.seconds, 1), "exit_code": ended.code, "result": result}
     return entry if status == "done" else {**entry, "limit": round(limit, 1), "tail": process.tail(log)}
 
 

@@ -13,6 +13,7 @@ left there is added to, and what one of another key has left is kept beside, wit
   (written)             benchmarks/results/gpu-<gpu>.md
 """
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ def merge(folder: Path, root: Path, any_source: bool = False, trial: bool = Fals
         raise ValueError(f"{folder} is of a trial (a CPU, or --quick): it proves nothing; --trial brings it in even so")
     before = evidence.read(root / EVIDENCE)
     fresh = newer(before, records, source == here)
+    _check_old(root / RESULTS, results)
     written = []
     if fresh:
         evidence.write(root / EVIDENCE, fresh)
@@ -150,6 +152,14 @@ def _files(results: Results, page: str) -> dict[str, str]:
     return found
 
 
+def _check_old(folder: Path, new: Results) -> None:
+    """Reads what `_together` will read: a damaged file is an error before anything is written."""
+    names = _names(new)
+    if (folder / names["suite"]).exists() and state.read(folder / names["suite"]).get("key") == new.state.get("key"):
+        _lines(folder / names["kernels"])
+        _object(folder / names["answers"])
+
+
 def _together(folder: Path, new: Results) -> Results:
     """With what an earlier run of the same key has left; that of another key is moved aside."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,12 +171,18 @@ def _together(folder: Path, new: Results) -> Results:
         for name in names.values():
             path = folder / name
             if path.exists():
-                path.replace(path.with_name(f"{path.stem}-{old.get('source', 'unknown')}{path.suffix}"))
+                path.replace(_aside(path, str(old.get("source", "unknown"))))
         return new
     better = {name: part for name, part in old["parts"].items() if _worth(part) > _worth(new.state["parts"].get(name))}
     together = {**new.state, "parts": {**old["parts"], **new.state["parts"], **better}}
     lines = collect.joined([*_lines(folder / names["kernels"]), *new.lines])
     return Results(together, lines, {**_object(folder / names["answers"]), **new.answers})
+
+
+def _aside(path: Path, source: str) -> Path:
+    """A name that nothing has: the same sources may have run with other versions."""
+    names = (path.with_name(f"{path.stem}-{source}{f'-{i}' if i else ''}{path.suffix}") for i in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _worth(part: dict[str, Any] | None) -> int:

@@ -27,6 +27,7 @@ KERNELS = (  # folders of kernels/, the most valuable first; their share of the 
     ("kv_cache", 0.5, False),
     ("patch_embed", 0.5, False),
     ("linear_top_k", 0.5, False),
+    ("tree_attention", 0.5, False),
 )
 _AIMS, _TINY = "aims", "aims-tiny"  # what aims.py calls its shapes; importing it would import torch
 _QUICK_KERNELS = ("cross_entropy",)

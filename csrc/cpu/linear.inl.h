@@ -292,7 +292,7 @@ void by_panels(const LinearArgs& args, const Source& source) {
   else multiply<Dot>(a, args.rows, args.panels, args.columns, Spread<typename Dot::Sum, Out>{finish});
 }
 
-constexpr int64_t PADDING = 5 * LANES;  // numbers between rows, an odd number of lines
+constexpr int64_t PADDING = 80;  // numbers between rows, an odd number of lines
 
 // Codes for the next product: of int8 products, without a residual. A row's are the same either way.
 template <bool GELU>

@@ -88,7 +88,8 @@ def _packed_scheme(folder: Path, precision: str, device: str) -> tuple[str | Non
     if precision == "int8" and scheme == "int8":
         return scheme, ()
     if precision != "auto" or device != "cpu":
-        return None, (f"packed as {scheme}, run unpacked",)
+        run = "packed anew as" if precision == "int8" else "run unpacked in"
+        return None, (f"packed as {scheme}, {run} {precision}",)
     assert values is not None, "a scheme stands in a description of packed tensors"
     if scheme == "fp8":
         note = "packed as fp8, run unpacked in float32: CPUs have no float8 product; --precision fp8 takes it as it is"

@@ -48,10 +48,12 @@ def answer_many(
             while ahead and _is_done(ahead[0]):
                 yield _result(ahead.popleft(), raises)
     finally:
-        reading.close()
-        for taken in ahead:
-            if isinstance(taken, Request):
-                engine.cancel(taken)
+        try:
+            for taken in ahead:
+                if isinstance(taken, Request):
+                    engine.cancel(taken)
+        finally:
+            reading.close()  # waits for what is being decoded, and may be interrupted
 
 
 def _leaves_cores(engine: "Engine") -> bool:

@@ -100,7 +100,9 @@ class ReadAhead:
         if self._pool is None or isinstance(image, ValueError):
             return image
         found: Future[Found] = Future()
-        if isinstance(image, str | Path | bytes | np.ndarray):
+        if isinstance(image, np.ndarray):  # whose owner may go on writing into it
+            found = self._pool.submit(self._find, image.copy())
+        elif isinstance(image, str | Path | bytes):
             found = self._pool.submit(self._find, image)
         else:
             try:

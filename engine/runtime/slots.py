@@ -10,7 +10,11 @@ from miss.engine.runtime.config import EngineConfig
 from miss.models.cache import KVCache
 from miss.models.vqa import MissVQA
 
-SPARE_ANSWERS = 2  # hold the positions of all rows that a batch is filled up with: at most 63
+MOST_FILL = 63  # rows that a batch is filled up with, each at a position of its own in a spare slot
+
+
+def _spare_answers(answer_length: int) -> int:
+    return -(-MOST_FILL // answer_length)
 
 
 class Pool:
@@ -51,7 +55,7 @@ class Slots:
     def __init__(self, cache: KVCache, spare: bool = False) -> None:
         self.cache = cache
         answers, questions = cache.self_k.shape[1], cache.cross_k.shape[1]
-        self.spare_answers = range(answers - SPARE_ANSWERS if spare else answers, answers)
+        self.spare_answers = range(answers - _spare_answers(cache.answer_length) if spare else answers, answers)
         self.spare_question = questions - 1 if spare else -1
         self.answers = Pool(answers - len(self.spare_answers))
         self.questions = Pool(questions - 1 if spare else questions)
@@ -62,8 +66,8 @@ class Slots:
         """The slots of `config` in the model's dtype, as long as its questions where nothing else is said."""
         weight = model.decoder.head.norm.weight
         spare = config.fills_up(weight.device)
-        answers = config.answer_slots + (SPARE_ANSWERS if spare else 0)
         longest = min(config.answer_length, model.config.decoder.max_positions)
+        answers = config.answer_slots + (_spare_answers(longest) if spare else 0)
         sizes = answers, config.question_slots + spare, longest, question_length or model.config.max_question_length
         return cls(KVCache.allocate(model.config.decoder, *sizes, weight.dtype, weight.device), spare)
 

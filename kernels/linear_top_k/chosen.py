@@ -66,7 +66,7 @@ def linear_at(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
             "wanted (R, C), (V, C), (R, A)"
         )
     if isinstance(weight, PackedWeight):
-        if not weight.dynamic:
+        if not weight.w8a8:
             raise ValueError("linear_at: a packed weight is wanted with int8 activations (W8A8)")
         hidden, bias = autocast_to(hidden, bias)
         return CHOSEN_QUANT(hidden, weight.data, weight.scale, bias, ids)  # type: ignore[no-any-return]

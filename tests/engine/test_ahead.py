@@ -325,3 +325,16 @@ def test_a_program_is_made_once_a_key():
     graphs.clear()
     graphs.program("a", make)
     assert len(made) == 3
+
+
+def test_short_answers_in_filled_batches(parts, truth):
+    """33 rows are filled up to 64: 31 rows that stand still, five to a spare slot."""
+    model, processor, images = parts
+    engine = Engine(model, processor, config=EngineConfig(steps_ahead=4, fill_up=True, answer_length=5))
+    params = SamplingParams(num_alternatives=0, max_new_tokens=5)
+    requests = [engine.add(images[i % 3], QUESTIONS[i % 3], params) for i in range(33)]
+    while engine.busy:
+        engine.step()
+    for i, request in enumerate(requests):
+        assert request.error is None
+        assert request.answer.token_ids == truth(i % 3, i % 3, 0).token_ids[:5]
