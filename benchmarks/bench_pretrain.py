@@ -123,7 +123,8 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
                 times[name].append(time.perf_counter() - start)
             else:  # the first step warms up, and starts from the same weights
                 first[name] = float(loss)
-    _check(options, first)
+        if not turn:
+            _check(options, first)
     ceilings = {dtype: matmul_ceiling(torch.device("cpu"), DTYPES[dtype], seconds=1.0) for dtype in options.dtypes}
     rows = {name: _row(statistics.median(times[name]), flops, ceilings[runners[name][0]]) for name in runners}
     for name, row in rows.items():

@@ -68,7 +68,9 @@ class MomentumTwin(nn.Module):
 
     def become(self, values: Mapping[str, Tensor]) -> None:
         """The trained parameters' present values: how a run starts."""
-        self.follow({name: values[name] for name, _ in self.named_parameters()}, 0.0)
+        with torch.no_grad():
+            for name, average in self.named_parameters():
+                average.copy_(values[name])
 
 
 def _text_alone(encoder: JointEncoder) -> JointEncoder:

@@ -134,14 +134,22 @@ class MissPretrain(nn.Module):
         logits = self._matching(batch, image_kv, pairs, mix(seed, 2))
         captions, num_words = self._captions(batch, image_kv, index, mix(seed, 3))
         rows = torch.full_like(num_words, len(index))
-        count = torch.stack([t.double() for t in (rows, pairs.weight.sum(), num_words)])
+        hidden, num_hidden = torch.zeros_like(itc[:0].sum()), torch.zeros_like(num_words)
+        if self.objective.mlm:
+            hidden, num_hidden = self._masked_words(batch, image_kv, index, mix(seed, 4))
+        count = torch.stack([t.double() for t in (rows, pairs.weight.sum(), num_words, num_hidden)])
         everyone = gather(count[None])[0].mean(0)  # an average over processes of sums over this is the mean over rows
         itm = objectives.matching_loss(logits, pairs).sum()
-        itc, itm, lm = (loss / share for loss, share in zip((itc.sum(), itm, captions), everyone.to(itm), strict=True))
-        mlm = self._masked_words(batch, image_kv, index, mix(seed, 4)) if self.objective.mlm else None
+        sums = itc.sum(), itm, captions, hidden
+        shares = [*everyone[:3], everyone[3].clamp(min=1e-9)]  # of chance, nobody may have hidden a word
+        itc, itm, lm, words = (loss / share.to(itm) for loss, share in zip(sums, shares, strict=True))
+        mlm = words if self.objective.mlm else None
         total = itc + itm + lm if mlm is None else itc + itm + lm + self.objective.mlm * mlm
         right = (logits.detach().argmax(1) == pairs.label) * pairs.weight
-        numbers = {"temperature": objectives.clamped(self.temperature).detach(), "matched": right.sum() / count[1]}
+        numbers = {
+            "temperature": objectives.clamped(self.temperature).detach(),
+            "matched": right.sum() / count[1].clamp(min=1),
+        }
         return Losses(itc, itm, lm, mlm, total, numbers | {"words": count[2], "pairs": count[1]}, features)
 
     def after_update(self, *losses: Losses, values: Mapping[str, Tensor] | None = None) -> None:
@@ -199,14 +207,16 @@ class MissPretrain(nn.Module):
         labels = objectives.next_tokens(ids, batch.lengths)
         return self._words(states, labels, self.objective.label_smoothing), (labels != objectives.IGNORED).sum()
 
-    def _masked_words(self, batch: PretrainBatch, image_kv: list[KV], index: Tensor, seed: int | None) -> Tensor:
-        """The mean over this process's hidden words: with the language-model head, which both then share."""
+    def _masked_words(
+        self, batch: PretrainBatch, image_kv: list[KV], index: Tensor, seed: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """(sum over this process's hidden words, how many): with the language-model head, which both then share."""
         ids = objectives.with_first(batch.ids, self.config.tokens.enc)
         hidden, labels = objectives.masked_words(
             ids, batch.lengths, self.objective.mask, self.config.encoder.vocab_size, mix(seed, 0)
         )
         states = self.encoder(hidden, batch.lengths, image_kv, index, mix(seed, 1))
-        return self._words(states, labels, 0.0) / (labels != objectives.IGNORED).sum().clamp(min=1)
+        return self._words(states, labels, 0.0), (labels != objectives.IGNORED).sum()
 
     def _words(self, states: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         rows, words = objectives.counted(states, labels)

@@ -68,14 +68,16 @@ def text_states(
     mask = real[:, None, None, :]
     if causal:
         mask = mask & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    # Cut once: a slice a layer would make its gradient a zero tensor of the whole stack, which the original has not.
+    stacks = () if tokens is None else (p["encoder.cross_kv.weight"], p["encoder.cross_kv.bias"])
+    cut = [stack.split(2 * width) for stack in stacks]
     for i in range(config.num_layers):
         layer, mine = f"encoder.layers.{i}", f"{own}.layers.{i}.self_attention"
         q, k, v = dense(p, f"{mine}.qkv", x).chunk(3, -1)
         read = dense(p, f"{mine}.output", attend(q, k, v, config.num_heads, mask))
         x = norm(p, f"{mine}.norm", x + read, eps)
         if tokens is not None:
-            both = slice(2 * i * width, 2 * (i + 1) * width)
-            kv = F.linear(tokens, p["encoder.cross_kv.weight"][both], p["encoder.cross_kv.bias"][both])
+            kv = F.linear(tokens, *(parts[i] for parts in cut))
             q, (k, v) = dense(p, f"{layer}.cross_attention.query", x), kv.chunk(2, -1)
             read = dense(p, f"{layer}.cross_attention.output", attend(q, k, v, config.num_heads, None))
             x = norm(p, f"{layer}.cross_attention.norm", x + read, eps)

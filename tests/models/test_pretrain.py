@@ -142,14 +142,14 @@ def test_processes_together_are_one():
             assert not rows.requires_grad
             if rows.dtype == torch.int64:
                 return torch.cat([t.ids for t in teachers]), firsts[rank]
-            if rows.shape[1] == 3:
+            if rows.shape[1] == 4:
                 counts[rank] = rows
                 return torch.cat(counts), rank
             return torch.cat([torch.cat(t[:2], 1) for t in teachers]), firsts[rank]
 
         return gather
 
-    counts = [torch.zeros(1, 3, dtype=torch.float64)] * 2
+    counts = [torch.zeros(1, 4, dtype=torch.float64)] * 2
     for rank, part in enumerate(parts):  # a first round tells each the other's counts
         model(part, gather_of(rank, counts), 0.3, 0)
     both = [model(part, gather_of(rank, counts), 0.3, 0) for rank, part in enumerate(parts)]
@@ -220,3 +220,21 @@ def test_memory_comes_back_exactly():
         MissPretrain(pretrain_config(), dataclasses.replace(OBJECTIVE, queue_size=3)).memory.load(
             model.memory.tensors()
         )
+
+
+def test_hidden_words_count_over_all_processes():
+    """A process that hid few words weighs little: its loss is over the mean count of all."""
+    model = pretrain_model(pretrain_config(), dataclasses.replace(OBJECTIVE, mlm=0.5, mask=3))
+    counts: list[torch.Tensor] = []
+
+    def gather(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if rows.shape[1:] == (4,) and rows.dtype == torch.float64:
+            counts.append(rows)
+            return torch.cat([rows, rows * torch.tensor([1.0, 1.0, 1.0, 3.0])]), 0  # another, with thrice the words
+        return rows, 0
+
+    seed = next(seed for seed in range(40) if model(batch_of(0), seed=seed).mlm > 0)  # most hide no word of so few
+    alone, shared = model(batch_of(0), seed=seed), model(batch_of(0), gather, seed=seed)
+    assert counts[0][0, 3] > 0
+    torch.testing.assert_close(shared.mlm, alone.mlm / 2)
+    torch.testing.assert_close(shared.lm, alone.lm)
