@@ -205,8 +205,17 @@ def test_jobs_go_on_after_a_crash_and_a_hang_and_a_second_run_repeats_only_those
 
 def test_jobs_for_which_no_time_is_left_leave_the_part_unfinished(tmp_path):
     board = tmp_path / "board.json"
-    assert jobs.run_all([job("late", GOOD)], plan_of(tmp_path, 0.0), Board(board), "toy") == ["late"]
+    assert (
+        jobs.run_all([job("late", GOOD)], plan_of(tmp_path, 0.0), Board(board), "toy") == []
+    )  # not wrong: the part is `partial`
     assert not json.loads(board.read_text())["complete"]
+
+
+def test_a_command_that_falls_over_with_a_fine_code_is_not_done(tmp_path):
+    """Python's own code for an exception is 1, as that of a benchmark that found something wrong."""
+    fallen = job("fallen", "raise SystemExit(1)", fine=(1,), read=lambda log: None)
+    told = job("told", "raise SystemExit(1)", fine=(1,), read=lambda log: {"rows": 1})
+    assert jobs.run_all([fallen, told], plan_of(tmp_path, 60.0), Board(tmp_path / "board.json"), "toy") == ["fallen"]
 
 
 def test_what_tests_said_is_counted_also_where_they_were_ended_midway():
