@@ -55,7 +55,12 @@ class Search:
     def run(self, found: Iterable[tuple[Call, Impl]], deadline: float) -> bool:
         """Tries all launches of all calls; whether it came to the end."""
         for call, impl in found:
-            for (op, kind), table in asked(call, impl).items():
+            try:
+                places = asked(call, impl)
+            except Exception as error:  # of a kernel, its compiler or memory: evidence judges it, here it has no launch
+                self._fault([call.op.name, impl.name, 0, call.shape_class], error)
+                continue
+            for (op, kind), table in places.items():
                 if len(table) < 2:
                     continue
                 self.content.setdefault("tables", {})[f"{op}/{kind}"] = [asdict(launch) for launch in table]
@@ -68,7 +73,7 @@ class Search:
     def _one(self, call: Call, impl: Impl, op: str, kind: str, index: int, launch: Launch) -> None:
         name = [op, kind, index, f"{call.op.name} {call.shape_class}"]
         times = self.content["measured"].setdefault(f"{op}/{kind}", {}).setdefault(name[3], {})
-        if str(index) in times or name in self.content["bad"]:
+        if str(index) in times or any(bad[:4] == name for bad in self.content["bad"]):
             return
         self.save(trying=name)
 
@@ -80,9 +85,23 @@ class Search:
                 record = measure(call, impl, self.pace)
             times[str(index)] = record.microseconds if record.correct else None
         except Exception as error:  # of the reference, the other row, or memory: it says nothing of this launch
-            self.content["bad"].append([*name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"])
+            del self.content["trying"]
+            self._fault(name, error)
+            return
         del self.content["trying"]
         self.save()
+
+    def _fault(self, name: list[Any], error: Exception) -> None:
+        """Writes it down; a CUDA context that went with it ends the process, and the next one goes on behind it."""
+        self.content["bad"].append([*name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"])
+        self.save()
+        if torch.cuda.is_available():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as lost:
+                raise SystemExit(
+                    f"{name[0]}: the CUDA context is lost ({lost}); started again, tuning goes on"
+                ) from lost
 
     def winners(self) -> dict[Place, tuple[int, float]]:
         """Place -> (index in its table, time / the default's), where another than the default wins over all calls."""
@@ -123,17 +142,14 @@ def _is_launches(value: Any) -> bool:
 
 
 def asked(call: Call, impl: Impl) -> dict[Place, tuple[Launch, ...]]:
-    """Which launches a row's call asks for, each with its table; none where it does not run."""
+    """Which launches a row's call asks for, each with its table."""
     seen: dict[Place, Launch] = {}
 
     def pick(op: str, kind: str, default: Launch) -> None:
         seen[op, kind] = default
 
-    try:
-        with trial(pick):
-            measure(call, impl, QUICK)
-    except Exception:  # whatever a kernel, a compiler or memory raises; evidence says what, here it is left out
-        return {}
+    with trial(pick):
+        measure(call, impl, QUICK)
     known = tables()
     found = {}
     for (op, kind), first in seen.items():
