@@ -5,7 +5,7 @@ The largest logits and the log-sum-exp are checked with the states; which word i
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from miss.benchmarks.inputs import int8_weight, normal, weight
 from miss.benchmarks.shapes import NUM_QUESTION_TOKENS, Shapes
 from miss.kernels import registry
 from miss.kernels.decoder_step import Cache, Decoder, Layer, Matrix, Norm, decoder_step, prepare
+from miss.kernels.encoder_layer import ImageLayer
 from miss.kernels.linear import prepare as lay_out
 from miss.kernels.quant_linear import PackedWeight
 from miss.kernels.quant_linear import prepare as prepare_packed
@@ -22,6 +23,7 @@ from miss.models.config import TextConfig
 
 _POSITION, _LENGTH = 4, 20
 _ROWS = (1, 3, 8)  # one answer; three beams of one question; a batch
+AnyLayer = TypeVar("AnyLayer", Layer, ImageLayer)
 Inputs = tuple[Decoder, Cache, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -58,19 +60,22 @@ def _decoder(generator: torch.Generator, config: TextConfig, dtype: torch.dtype,
     return Decoder(next(tables), next(tables), norm(), layers, *head, config.num_heads)
 
 
+def _matrix_laid_out(m: Matrix) -> Matrix:
+    if isinstance(m.weight, PackedWeight):
+        return m._replace(weight=prepare_packed(m.weight))
+    return m._replace(panels=lay_out(m.weight))
+
+
+def laid_out(layer: AnyLayer) -> AnyLayer:
+    """A layer whose weights the kernels take."""
+    return type(layer)._make(_matrix_laid_out(p) if isinstance(p, Matrix) else p for p in layer)
+
+
 def _laid_out(decoder: Decoder) -> Decoder:
-    def matrix(m: Matrix) -> Matrix:
-        if isinstance(m.weight, PackedWeight):
-            return m._replace(weight=prepare_packed(m.weight))
-        return m._replace(panels=lay_out(m.weight))
-
-    def layer(one: Layer) -> Layer:
-        return Layer._make(matrix(p) if isinstance(p, Matrix) else p for p in one)
-
     return decoder._replace(
-        layers=tuple(layer(one) for one in decoder.layers),
-        transform=matrix(decoder.transform),
-        vocabulary=matrix(decoder.vocabulary),
+        layers=tuple(laid_out(one) for one in decoder.layers),
+        transform=_matrix_laid_out(decoder.transform),
+        vocabulary=_matrix_laid_out(decoder.vocabulary),
     )
 
 

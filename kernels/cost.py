@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miss.kernels.decoder_step.weights import Cache, Decoder, Matrix
+from miss.kernels.cross_attention import KV
+from miss.kernels.decoder_step.weights import Cache, Decoder, Layer, Matrix
+from miss.kernels.encoder_layer.weights import ImageLayer, matrices
 from miss.kernels.quant_linear import PackedWeight
 
 
@@ -104,6 +106,47 @@ def _step_traffic(
     return weights + embedded + (float(deepest.sum()) + states) * a_token, len(tokens) * a_token
 
 
+def _image_layer(x: Tensor, layer: ImageLayer, num_heads: int) -> float:
+    products = sum(math.prod(m.weight.shape) for m in matrices(layer))
+    return x.numel() / x.shape[-1] * (2.0 * products + 4.0 * x.shape[1] * x.shape[2])
+
+
+def _text_layer(
+    x: Tensor,
+    layer: Layer,
+    num_heads: int,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    longest: int,
+    source: KV | None,
+    index: Tensor | None,
+) -> float:
+    """Products and attention, as `_step`."""
+    width, tokens = x.shape[-1], x.numel() / x.shape[-1]
+    products = sum(math.prod(m.weight.shape) for m in _used(layer, source))
+    seen = x.shape[1] if offsets is None else float(offsets.diff().double().square().sum()) / max(tokens, 1.0)
+    keys = seen + (0 if source is None else source.k.shape[1])
+    return tokens * (2.0 * products + 4.0 * keys * width)
+
+
+def _used(layer: Layer, source: KV | None) -> list[Matrix]:
+    crossed = (layer.query, layer.cross_output)
+    return [m for m in matrices(layer) if source is not None or not any(m is one for one in crossed)]
+
+
+def _layer_traffic(args: tuple[Any, ...], writes: float) -> tuple[float, float]:
+    """(bytes read, bytes written): weights, x, and of an image what is attended to, each once."""
+    x, layer = args[:2]
+    source, index = args[6:8] if len(args) > 3 else (None, None)
+    used = _used(layer, source) if len(args) > 3 else matrices(layer)
+    reads = (
+        float(x.nbytes) + sum(m.weight.nbytes for m in used) + sum(m.bias.nbytes for m in used if m.bias is not None)
+    )
+    if source is not None and len(source.k):
+        reads += float(len(index.unique())) * 2.0 * source.k[0].nbytes
+    return reads, writes
+
+
 def _matrices(decoder: Decoder, num_best: int) -> list[Matrix]:
     """Those that a step multiplies with: the vocabulary's only where best words are wanted."""
     return decoder.matrices() if num_best else decoder.matrices()[:-1]
@@ -154,6 +197,8 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "linear_top_k": _linear,
     "linear_top_k_w8a8": _quant,
     "decoder_step": _step,
+    "image_layer": _image_layer,
+    "text_layer": _text_layer,
     "contrastive": _contrast,
     "hard_negatives": _linear,
     "ema": _average,
@@ -166,6 +211,8 @@ _INT8 = (
     "quant_linear_rows",
     "quant_linear_rows_quantised",
     "linear_top_k_w8a8",
+    "image_layer",
+    "text_layer",
 )
 # Where arguments end that are read once each: what comes after are other layouts of the same weight.
 _READ = {
@@ -215,6 +262,8 @@ def _traffic(op: str, args: tuple[Any, ...], writes: float) -> tuple[float, floa
     if op == "decoder_step":
         reads, appended = _step_traffic(*args)
         return reads, writes + appended
+    if op in ("image_layer", "text_layer"):
+        return _layer_traffic(args, writes)
     if op == "kv_append":
         moved = float(args[2].nbytes + args[3].nbytes)
         return moved, moved

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from miss.kernels.decoder_step import Cache, Decoder, Layer, Matrix, Norm, prepare
+from miss.kernels.decoder_step import Cache, Decoder, Matrix, prepare
 from miss.kernels.quant_linear import PackedWeight
 from miss.models.cache import KVCache
-from miss.models.layers import LayerNorm, TextLayer
-from miss.models.linear import Linear, QuantLinear
+from miss.models.layers import TextLayer
 
 if TYPE_CHECKING:
     from miss.models.decoder import AnswerDecoder
@@ -23,10 +22,10 @@ def collect(decoder: "AnswerDecoder") -> Decoder:
     return Decoder(
         embeddings.word.weight,
         embeddings.position.weight,
-        _norm(embeddings.norm),
-        tuple(_layer(layer) for layer in decoder.layers if isinstance(layer, TextLayer)),
-        _matrix(head.transform),
-        _norm(head.norm),
+        embeddings.norm.norm(),
+        tuple(layer.weights() for layer in decoder.layers if isinstance(layer, TextLayer)),
+        head.transform.matrix(),
+        head.norm.norm(),
         vocabulary(decoder),
         decoder.config.num_heads,
     )
@@ -47,41 +46,21 @@ def cache_of(cache: KVCache) -> Cache:
 class Laid:
     """A decoder's weights and what a step's fastest implementation made of them; stale once one of them moves or
     changes in place. As with `Panels`, a change through `.data` goes unseen, and tensors made in inference mode, whose
-    changes are not counted, are collected anew at every step."""
+    changes are not `counted`, are collected anew at every step."""
 
     def __init__(self, decoder: "AnswerDecoder") -> None:
         self.weights = collect(decoder)
         self._tensors = _tensors(self.weights)
-        self._counted = not any(t.is_inference() for t in self._tensors)
-        self._state = self._now() if self._counted else []
-        self.runner = prepare(self.weights) if self._counted else None
+        self.counted = not any(t.is_inference() for t in self._tensors)
+        self._state = self._now() if self.counted else []
+        self.runner = prepare(self.weights) if self.counted else None
 
     def _now(self) -> list[int]:
-        # 0.1 us a tensor: 15 us of a step of base, whose weights take 4 ms to read.
         return [t._version for t in self._tensors] + [t.data_ptr() for t in self._tensors]
 
     @property
     def fresh(self) -> bool:
-        return self._counted and self._now() == self._state
-
-
-def _matrix(module: Linear | QuantLinear) -> Matrix:
-    if isinstance(module, QuantLinear):
-        return Matrix(module.packed, module.bias)
-    return Matrix(module.weight, module.bias, module.panels())
-
-
-def _norm(module: LayerNorm) -> Norm:
-    return Norm(module.weight, module.bias, module.eps)
-
-
-def _layer(layer: TextLayer) -> Layer:
-    own, cross, mlp = layer.self_attention, layer.cross_attention, layer.mlp
-    return Layer(
-        *(_matrix(own.qkv), _matrix(own.output), _norm(own.norm)),
-        *(_matrix(cross.query), _matrix(cross.output), _norm(cross.norm)),
-        *(_matrix(mlp.input), _matrix(mlp.output), _norm(mlp.norm)),
-    )
+        return self.counted and self._now() == self._state
 
 
 def _tensors(weights: Decoder) -> list[Tensor]:

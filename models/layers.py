@@ -5,11 +5,15 @@ Knows the architecture of a layer; does not know which implementation of an oper
 Shapes: B batch (images or text rows), T text, N patches or keys, H heads, D head width, C width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from miss.kernels.attention import attention, attention_varlen
 from miss.kernels.cross_attention import KV, cross_attention
+from miss.kernels.decoder_step import Layer, Norm
+from miss.kernels.encoder_layer import takes_codes, text_layer
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from miss.kernels.quant_linear import QuantRows
 from miss.kernels.tree_attention import tree_attention
@@ -50,6 +54,10 @@ class LayerNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
+    def norm(self) -> Norm:
+        """What an operation over a whole layer takes."""
+        return Norm(self.weight, self.bias, self.eps)
+
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
@@ -60,13 +68,13 @@ class LayerNorm(nn.Module):
 
     def feed(self, x: Tensor, linear: Linear | QuantLinear) -> Tensor | QuantRows:
         """The norm of x as `linear` takes it: as int8 codes where it has int8 activations."""
-        if linear.takes_codes and not _needs_gradient(x):
+        if linear.takes_codes and not needs_gradient(x):
             return layer_norm_quantised(x, self.weight, self.bias, self.eps)
         return self(x)
 
     def add_feed(self, x: Tensor, residual: Tensor, linear: Linear | QuantLinear) -> tuple[Tensor | QuantRows, Tensor]:
         """(the norm of the sum as `linear` takes it, the sum) with sum = residual + x."""
-        if not linear.takes_codes or _needs_gradient(x, residual):
+        if not linear.takes_codes or needs_gradient(x, residual):
             return self.add(x, residual)
         rows, _, summed = add_layer_norm_quantised(x, residual, self.weight, self.bias, self.eps, keep_y=False)
         return rows, summed
@@ -75,7 +83,7 @@ class LayerNorm(nn.Module):
         self, x: Tensor, residual: Tensor, linear: Linear | QuantLinear, dropout: float = 0.0, seed: int | None = None
     ) -> tuple[Tensor, Tensor | QuantRows]:
         """The norm of residual + dropout(x) as numbers, which a post-norm layer adds on, and as `linear` takes it."""
-        if not linear.takes_codes or seed is not None or _needs_gradient(x, residual):
+        if not linear.takes_codes or seed is not None or needs_gradient(x, residual):
             y, _ = self.add(x, residual, dropout, seed)
             return y, y
         rows, kept, _ = add_layer_norm_quantised(x, residual, self.weight, self.bias, self.eps, keep_y=True)
@@ -83,7 +91,7 @@ class LayerNorm(nn.Module):
         return kept, rows
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
+def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -212,6 +220,8 @@ class CrossAttention(nn.Module):
 class TextLayer(nn.Module):
     """Self-attention, cross-attention (skipped where there is no source) and MLP, each followed by add and norm."""
 
+    _whole: Layer | None = None
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
@@ -219,6 +229,25 @@ class TextLayer(nn.Module):
         self.self_attention = TextSelfAttention(width, config.num_heads, eps)
         self.cross_attention = CrossAttention(width, config.num_heads, eps)
         self.mlp = TextMlp(width, config.intermediate_size, eps)
+
+    def weights(self) -> Layer:
+        """What an operation over the whole layer takes."""
+        own, cross, mlp = self.self_attention, self.cross_attention, self.mlp
+        return Layer(
+            *(own.qkv.matrix(), own.output.matrix(), own.norm.norm()),
+            *(cross.query.matrix(), cross.output.matrix(), cross.norm.norm()),
+            *(mlp.input.matrix(), mlp.output.matrix(), mlp.norm.norm()),
+        )
+
+    def prepare(self) -> None:
+        """For inference, after the linear layers were: those that take codes throughout run as one operation."""
+        self._whole = weights if takes_codes(weights := self.weights()) else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TextLayer":
+        super()._apply(fn, recurse)
+        if self._whole is not None:
+            self.prepare()
+        return self
 
     def forward(
         self,
@@ -233,6 +262,12 @@ class TextLayer(nn.Module):
     ) -> Tensor:
         """x (R, T, C) -> the same shape; with a packing x (M, C), whose tokens are rows of their own in cross-attention
         (a token attends to the source alone), so that `index` is (M,)."""
+        plain = source_lengths is None and not causal and seed is None
+        if self._whole is not None and plain and not needs_gradient(x):
+            heads, whole = self.self_attention.num_heads, self._whole
+            if packing is None:
+                return text_layer(x, whole, heads, lengths, source=source, index=index)
+            return text_layer(x, whole, heads, None, packing.offsets, packing.max_length, source, index)
         if packing is not None:
             attended = self.self_attention.packed(x, packing, causal, self.attention_dropout, mix(seed, 0))
         else:

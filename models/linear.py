@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from miss.kernels.decoder_step import Matrix
 from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.linear import linear, prepare
 from miss.kernels.quant_linear import (
@@ -57,6 +58,10 @@ class Linear(nn.Linear):
     def panels(self) -> Tensor | None:
         return None if self._panels is None else self._panels.of(self.weight)
 
+    def matrix(self) -> Matrix:
+        """What an operation over a whole layer takes."""
+        return Matrix(self.weight, self.bias, self.panels())
+
     def forward(self, x: Tensor, residual: Tensor | None = None, part: slice | None = None) -> Tensor:
         """x W^T + b, plus residual (…, out_features) where one is given. `part`: of these outputs alone."""
         if part is not None:
@@ -87,6 +92,10 @@ class QuantLinear(nn.Module):
         """Lays the packed weight out for the kernels of this machine, once, and keeps it in that form alone where it
         holds all (int8)."""
         self.packed = prepare_packed(self.packed).in_panels()
+
+    def matrix(self) -> Matrix:
+        """What an operation over a whole layer takes."""
+        return Matrix(self.packed, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         """Takes the packed bytes along to another device; their dtypes are part of the packing and stay."""

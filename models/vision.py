@@ -5,15 +5,18 @@ Knows pixels and patches; does not know files, resizing, or what reads the token
 Shapes: I images, N patches, C width, P patch size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from miss.kernels.attention import attention, attention_quantised
+from miss.kernels.encoder_layer import ImageLayer, image_layer, takes_codes
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import QuantRows
 from miss.models.config import PreprocessConfig, VisionConfig
-from miss.models.layers import LayerNorm, Mlp, SelfAttention
+from miss.models.layers import LayerNorm, Mlp, SelfAttention, needs_gradient
 from miss.models.linear import Panels
 
 
@@ -63,6 +66,8 @@ class ImageAttention(SelfAttention):
 class VisionBlock(nn.Module):
     """norm, self-attention, add; norm, MLP, add. `drop_path`: the chance that a branch is left out for an image."""
 
+    _whole: ImageLayer | None = None
+
     def __init__(self, config: VisionConfig, drop_path: float) -> None:
         super().__init__()
         self.drop_path = drop_path
@@ -71,8 +76,28 @@ class VisionBlock(nn.Module):
         self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config.hidden_size, config.intermediate_size)
 
+    def weights(self) -> ImageLayer:
+        """What an operation over the whole layer takes."""
+        own, mlp = self.attention, self.mlp
+        return ImageLayer(
+            *(self.norm1.norm(), own.qkv.matrix(), own.output.matrix()),
+            *(self.norm2.norm(), mlp.input.matrix(), mlp.output.matrix()),
+        )
+
+    def prepare(self) -> None:
+        """For inference, after the linear layers were: those that take codes throughout run as one operation."""
+        self._whole = weights if takes_codes(weights := self.weights()) else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionBlock":
+        super()._apply(fn, recurse)
+        if self._whole is not None:
+            self.prepare()
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """x (I, 1 + N, C) -> the same shape."""
+        if self._whole is not None and not self._drops and not needs_gradient(x):
+            return image_layer(x, self._whole, self.attention.num_heads)
         attended = self.attention(self.norm1.feed(x, self.attention.qkv))
         h, x = self.norm2.add_feed(self._branch(attended), x, self.mlp.input)
         return x + self._branch(self.mlp(h)) if self._drops else self.mlp(h, residual=x)

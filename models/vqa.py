@@ -17,9 +17,9 @@ from miss.models.config import MissConfig
 from miss.models.cross_kv import split_layers
 from miss.models.decoder import AnswerDecoder
 from miss.models.joint import JointEncoder
-from miss.models.layers import initialise, mix
+from miss.models.layers import TextLayer, initialise, mix
 from miss.models.linear import Linear, QuantLinear
-from miss.models.vision import PatchEmbed, VisionTransformer
+from miss.models.vision import PatchEmbed, VisionBlock, VisionTransformer
 
 
 @dataclass
@@ -142,6 +142,9 @@ class MissVQA(nn.Module):
         """For inference: lays every weight out for this machine's kernels, once, in memory of their own."""
         for module in self.modules():
             if isinstance(module, Linear | QuantLinear | PatchEmbed | AnswerDecoder):
+                module.prepare()
+        for module in self.modules():
+            if isinstance(module, VisionBlock | TextLayer):
                 module.prepare()
         return self
 

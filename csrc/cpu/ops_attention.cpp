@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "torch_abi.h"
+#include "tensor_ops.h"
 
 namespace miss {
 
@@ -205,7 +205,7 @@ std::vector<AttentionGroup> image_groups(const AttentionArgs& a, const Tensor& q
 
 }  // namespace
 
-static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                     std::optional<Tensor> lengths, bool causal, double scale,
                                                     double dropout_p, std::optional<Tensor> seed) {
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});
@@ -216,7 +216,7 @@ static std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tenso
 }
 
 // q, k, v (rows, N, H, D): each token over all of its row, scores of int8 codes.
-static Tensor quantised_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+Tensor quantised_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   Tensor out = new_out(q);
   AttentionArgs a = batch_args(q, k, v, out, false, scale, 0.0, std::nullopt);
   STD_TORCH_CHECK(a.width <= 64, "attention_quantised: heads are 32 or 64 wide");
@@ -227,7 +227,7 @@ static Tensor quantised_forward(const Tensor& q, const Tensor& k, const Tensor& 
   return out;
 }
 
-static std::tuple<Tensor, Tensor> varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+std::tuple<Tensor, Tensor> varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                  const Tensor& offsets, int64_t max_length, bool causal, double scale,
                                                  double dropout_p, std::optional<Tensor> seed) {
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(1)});
@@ -237,7 +237,7 @@ static std::tuple<Tensor, Tensor> varlen_forward(const Tensor& q, const Tensor& 
   return {out, lse};
 }
 
-static std::tuple<Tensor, Tensor> cross_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+std::tuple<Tensor, Tensor> cross_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const Tensor& image_index, std::optional<Tensor> lengths, double scale,
                                                 double dropout_p, std::optional<Tensor> seed) {
   Tensor out = new_out(q), lse = new_lse(q, {q.size(0), q.size(2), q.size(1)});

@@ -1,6 +1,6 @@
 // Linear layers as functions of PyTorch tensors.
 #include "linear.h"
-#include "torch_abi.h"
+#include "tensor_ops.h"
 
 namespace miss {
 
@@ -125,6 +125,8 @@ LinearArgs int8_args(const Tensor& x, const std::optional<Tensor>& x_scale, cons
   return args;
 }
 
+}  // namespace
+
 // y (…, N) in `dtype` of x: float32, bf16, or codes with x_scale (…).
 Tensor linear_int8(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& panels, const Tensor& offset,
                    const Tensor& scale, const std::optional<Tensor>& bias, bool gelu,
@@ -138,6 +140,8 @@ Tensor linear_int8(const Tensor& x, const std::optional<Tensor>& x_scale, const 
   linear_kernels().forward(args);
   return y;
 }
+
+namespace {
 
 // Where the columns of y, which is out (…, D) without its first `leading` dimensions, lie in it; the leading ones are x's.
 struct Places {
@@ -183,6 +187,8 @@ void linear_int8_into(const Tensor& x, const std::optional<Tensor>& x_scale, con
   linear_kernels().forward(args);
 }
 
+}  // namespace
+
 // The same, written as codes (…, N) and scales (…) for the next product.
 std::tuple<Tensor, Tensor> linear_int8_codes(const Tensor& x, const std::optional<Tensor>& x_scale, const Tensor& panels,
                                              const Tensor& offset, const Tensor& scale,
@@ -198,6 +204,8 @@ std::tuple<Tensor, Tensor> linear_int8_codes(const Tensor& x, const std::optiona
   linear_kernels().forward(args);
   return {codes, codes_scale};
 }
+
+namespace {
 
 // dx, dweight, dbias of y = gelu?(x W^T + bias): dy and pre (…, N), x (…, K), weight (N, K), all contiguous but the
 // weight and of one dtype; the weight may be float32 where they are bf16, and is rounded. `pre` where there was a gelu. What is not wanted is empty.

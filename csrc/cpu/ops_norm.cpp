@@ -5,7 +5,7 @@
 #include "convert.h"
 #include "norm.h"
 #include "parallel.h"
-#include "torch_abi.h"
+#include "tensor_ops.h"
 
 namespace miss {
 
@@ -81,6 +81,8 @@ Three layer_norm(const Tensor& given, const Tensor& weight, const Tensor& bias, 
   return {y, mean, rstd};
 }
 
+}  // namespace
+
 Four add_layer_norm(const Tensor& given, const Tensor& given_residual, const Tensor& weight, const Tensor& bias,
                     double eps, double p, const Maybe& seed) {
   Tensor x = dense(given), residual = dense(given_residual);
@@ -95,10 +97,14 @@ Four add_layer_norm(const Tensor& given, const Tensor& given_residual, const Ten
   return {y, summed, mean, rstd};
 }
 
+namespace {
+
 void write_codes(NormForward& n, const Tensor& codes, const Tensor& scale) {
   n.codes = codes.mutable_data_ptr<uint8_t>();
   n.scale = scale.mutable_data_ptr<float>();
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> layer_norm_quantised(const Tensor& given, const Tensor& weight, const Tensor& bias, double eps) {
   Tensor x = dense(given), scale = a_row(x), codes = like(x, ScalarType::Byte);
@@ -122,6 +128,8 @@ Four add_layer_norm_quantised(const Tensor& given, const Tensor& given_residual,
   run(n, x);
   return {codes, scale, y, summed};
 }
+
+namespace {
 
 NormBackward backward_of(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,
                          const Tensor& rstd, const Tensor& dweight, const Tensor& dbias) {

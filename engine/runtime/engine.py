@@ -58,6 +58,7 @@ class Engine:
         compat = model.config.behaviour == "compat"
         self.scheduler = Scheduler(self.config, slots, processor.preprocess.image_size**2, whole_batches=compat)
         self.runner = Runner(model, slots, self.images, self.config)
+        model.decoder.steady = True
         self.intake = Intake(processor, model.config, self.config, self.scheduler, self.images, stamp)
         self.counters = Counters()
         self._step_lock = threading.Lock()
@@ -243,9 +244,11 @@ class Engine:
         return Stats.of(self.counters, self.scheduler, self.images, self.runner)
 
     def forget_images(self) -> None:
-        """Empties the image cache and drops captured graphs: whoever changes the weights calls this."""
+        """Empties the image cache, drops captured graphs and what was made of the weights: whoever changes those
+        calls this."""
         self.images.clear()
         self.runner.graphs.clear()
+        self.runner.model.decoder.forget()
 
 
 def _tell(request: Request, listener: Callable[[Request], None]) -> None:

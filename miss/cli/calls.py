@@ -19,6 +19,7 @@ from miss.kernels.decode_attention import decode_attention, decode_attention_app
 from miss.kernels.decoder_step import Cache, Decoder, Layer, Matrix, Norm, decoder_step
 from miss.kernels.decoder_step import prepare as prepare_decoder
 from miss.kernels.ema import ema_
+from miss.kernels.encoder_layer import ImageLayer, image_layer, text_layer
 from miss.kernels.gelu_mlp import gelu_mlp
 from miss.kernels.kv_cache import kv_append, kv_reorder
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
@@ -184,6 +185,24 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         runner = prepare_decoder(decoder) if s.laid_out else None
         return decoder_step(decoder, cache, tokens, slots, positions, index, 3, runner)
 
+    def coded(outputs: int, inputs: int) -> Matrix:
+        return Matrix(s.packed(pack_int8(matrix(outputs, inputs), dynamic=True)), s.leaf(outputs).detach())
+
+    def normed(columns: int) -> Norm:
+        return Norm(s.leaf(columns).detach(), s.leaf(columns).detach(), 1e-6)
+
+    def encode_image() -> Tensor:
+        own = normed(wide), coded(3 * wide, wide), coded(wide, wide)
+        layer = ImageLayer(*own, normed(wide), coded(inner, wide), coded(wide, inner))
+        return image_layer(s.leaf(*image).detach(), layer, vision.num_heads)
+
+    def encode_text() -> Tensor:
+        own, crossed = coded(3 * width, width), coded(width, width)
+        mlp = coded(4 * width, width), coded(width, 4 * width), normed(width)
+        layer = Layer(own, crossed, normed(width), crossed, crossed, normed(width), *mlp)
+        with torch.no_grad():
+            return text_layer(s.leaf(*text).detach(), layer, s.heads, source=kv_source(), index=index)
+
     def chosen(weight: Tensor | PackedWeight) -> Tensor:
         return linear_at(s.leaf(s.rows, width).detach(), weight, None, labels().view(s.rows, 5))
 
@@ -237,6 +256,8 @@ def calls(s: Shapes) -> dict[str, Callable[[], Any]]:
         ),
         "tree_attention": lambda: tree_attention(new(), new(), new(), ancestors),
         "decoder_step": step,
+        "image_layer": encode_image,
+        "text_layer": encode_text,
         "linear_at": lambda: chosen(s.weight(vocabulary, width).detach()),
         "linear_at_w8a8": lambda: chosen(pack_int8(matrix(vocabulary, width), dynamic=True)),
         "linear_top_k": head,

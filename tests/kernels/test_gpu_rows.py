@@ -19,6 +19,8 @@ WITHOUT = {
     "linear_at_w8a8": "the same",
     "quant_linear_nf4": "bitsandbytes' own format, by its own kernels",
     "quant_linear_llm_int8": "the same",
+    "image_layer": "docs/gpu/decoder_step.md says it of a whole decoder: single operations in a captured graph",
+    "text_layer": "the same",
     "decoder_step": "docs/gpu/decoder_step.md: a barrier over the whole grid a phase; a captured graph instead",
 }
 
