@@ -29,6 +29,7 @@ from miss.kernels.registry import BACKWARD, OPS, Impl, Op, use, watch
 _FLOORS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 _UNEQUAL = 0.01  # the share of whole numbers (codes, drawn indices) that may differ where scores tie
 _PACKAGES = ("torch", "triton")
+WHOLE = "whole call"  # in place of a row's name
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,28 @@ def ours(op: Op, device: torch.device) -> list[Impl]:
 
 def blank(call: Call, impl: Impl) -> Record:
     """A record before anything is measured."""
+    return _blank(call.op.name, impl.name, call.shape_class, impl.sources, call.device)
+
+
+def blank_call(op: Op, label: str, device: torch.device) -> Record:
+    """What stands for a whole call of a public function, before any of its rows is measured: that it ends its process
+    is a finding too, of no row in particular, and the call is not made again with the same sources."""
+    modules = tuple(dict.fromkeys(module for impl in op.impls for module in impl.sources))
+    return _blank(op.name, WHOLE, label, modules, device)
+
+
+def _blank(op: str, implementation: str, shape: str, modules: tuple[str, ...], device: torch.device) -> Record:
     gpu, architecture = "cpu", "cpu"
-    if call.device.type == "cuda":
-        target = evidence.Target(torch.cuda.get_device_name(call.device), torch.cuda.get_device_capability(call.device))
+    if device.type == "cuda":
+        target = evidence.Target(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         gpu, architecture = str(target.name), target.architecture
     return Record(
-        op=call.op.name,
-        implementation=impl.name,
+        op=op,
+        implementation=implementation,
         gpu=gpu,
         architecture=architecture,
-        shape_class=call.shape_class,
-        sources=evidence.sources_hash(impl.sources),
+        shape_class=shape,
+        sources=evidence.sources_hash(modules),
         correct=False,
         error=None,
         plain_error=None,
@@ -181,6 +193,17 @@ def blank(call: Call, impl: Impl) -> Record:
         versions=_versions(),
         date=evidence.now(),
     )
+
+
+def sound(device: torch.device) -> bool:
+    """Whether the process can still use its device: an access beyond memory ends that, for all that comes after."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _versions() -> dict[str, str]:
