@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from miss.benchmarks import going_on
 from miss.benchmarks.gpu import pack, state
 from miss.benchmarks.gpu.plan import Plan
 
@@ -81,9 +82,14 @@ def _kernels(plan: Plan) -> None:
 
 
 def joined(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of kernels-<device>.jsonl, the later of what says of the same; environment and ceilings first."""
+    """Lines of kernels-<device>.jsonl, the later of what says of the same; environment and ceilings first. That there
+    was no time for a case is not said once it was measured."""
     names = ("record", "op", "implementation", "shape", "dtype", "cache")
     kept = {json.dumps([line.get(name) for name in names]): line for line in lines}
+    over = going_on.over([line for line in kept.values() if line["record"] == "case"])
+    late = [name for name, line in kept.items() if line.get("reason") == going_on.LATE and going_on.key(line) in over]
+    for name in late:
+        del kept[name]
     return sorted(kept.values(), key=lambda line: line["record"] not in ("environment", "ceilings"))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from miss.benchmarks import going_on
 from miss.benchmarks.gpu.machine import NEEDS_CUDA
 from miss.benchmarks.gpu.state import write_json
 from miss.cli.calls import Shapes, calls, variants
@@ -99,9 +100,8 @@ class Search:
             try:
                 torch.cuda.synchronize()
             except RuntimeError as lost:
-                raise SystemExit(
-                    f"{name[0]}: the CUDA context is lost ({lost}); started again, tuning goes on"
-                ) from lost
+                print(f"{name[0]}: the CUDA context is lost ({lost}); started again, tuning goes on", flush=True)
+                raise SystemExit(going_on.AGAIN) from lost
 
     def winners(self) -> dict[Place, tuple[int, float]]:
         """Place -> (index in its table, time / the default's), where another than the default wins over all calls."""

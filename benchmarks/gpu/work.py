@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from miss.benchmarks import going_on
 from miss.benchmarks.gpu.jobs import Job, last_object
 from miss.benchmarks.gpu.plan import Plan, python
 from miss.benchmarks.gpu.state import ROOT
@@ -31,6 +32,7 @@ KERNELS = (  # folders of kernels/, the most valuable first; their share of the 
 )
 _AIMS, _TINY = "aims", "aims-tiny"  # what aims.py calls its shapes; importing it would import torch
 _QUICK_KERNELS = ("cross_entropy",)
+_STALL = 60.0  # seconds that a case may take at least: some peers compile that long at a new shape
 _WORKERS = 6  # test processes beside each other: a compilation keeps a core, and the GPU's memory is shared
 _FOR_A_GPU = re.compile(r"\bmark\.gpu\b|\bDEVICES\b|\btriton\.device\b")  # what a file with tests for one says
 _OUTCOME = re.compile(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
@@ -70,11 +72,13 @@ def kernels(plan: Plan) -> tuple[list[Job], int]:
         def command(seconds: float, folder: str = folder, shapes: tuple[str, ...] = tuple(shapes)) -> list[str]:
             words = ["bench", "kernels", "--op", folder, "--device", plan.device, "--dtype", "bfloat16"]
             words += ["--shapes", *shapes, "--repeats", "2" if plan.quick else "30", "--no-plots", "--json"]
-            return python(
-                "miss", *words, "--minutes", f"{seconds / 60:.3f}", "--out", str(plan.work / "bench" / folder)
-            )
+            words += ["--minutes", f"{seconds / 60:.3f}", "--stall", f"{max(_STALL, seconds / 2):.0f}"]
+            return python("miss", *words, "--out", str(plan.work / "bench" / folder))
 
-        jobs.append(Job(folder, command, weight, read=_counted, fine=(1,)))  # 1: one of ours is wrong, and says so
+        earlier = plan.work / "bench" / folder / plan.kernels.name
+        resume = ("--go-on", str(plan.kernels), str(earlier))
+        # 1: one of ours is wrong, and says so
+        jobs.append(Job(folder, command, weight, read=_counted, fine=(1,), resume=resume))
     few = ["--device", plan.device, *(["--quick"] if plan.quick else [])]
     jobs.append(Job("memory", lambda seconds: python("miss.benchmarks.gpu.memory", *few), 0.5))
     return jobs, 1
@@ -85,9 +89,10 @@ def _counted(log: str) -> Any:
     found = last_object(log)
     if found is None or "rows" not in found:
         return None
-    late = [s for s in found["skipped"] if s["reason"] == "the time was over"]
+    late = [s for s in found["skipped"] if s["reason"] == going_on.LATE]
     refused = [f"{r['op']} {r['implementation']} {r['shape']}: {r['reason']}" for r in found["refused"] if r["ours"]]
-    return {"rows": len(found["rows"]), "not_measured_for_time": len(late), "ours_refused": refused[:50]}
+    counts = {"rows": len(found["rows"]), "not_measured_for_time": len(late), "ours_refused": refused[:50]}
+    return {"complete": not late, **counts}
 
 
 def answers(plan: Plan) -> tuple[list[Job], int]:

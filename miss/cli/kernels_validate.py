@@ -25,7 +25,7 @@ from miss.kernels.evidence import Record
 from miss.kernels.validation import QUICK, Call, Pace, blank, blank_call, gather, measure, ours, sound
 from miss.models.config import MissConfig, did_you_mean
 
-# Seconds without a word beyond which a measurement hangs: a third of the time, so that what hangs is found, written down
+# Seconds without a word beyond which a measurement hangs: a third of the time, so that what hangs is found, recorded
 # and left behind within the run that meets it; a first compilation takes most of a minute where cores are few.
 _LEAST_STALL, _MOST_STALL = 30.0, 120.0
 _STARTING = 90.0  # seconds until the first word: a process imports PyTorch and opens the device
@@ -171,8 +171,8 @@ Worker = Callable[[Connection, Plan, frozenset[tuple[str, ...]]], None]
 
 def measured(plan: Plan, done: set[tuple[str, ...]], found: Found, worker: Worker, stall: float) -> Iterator[Record]:
     """The records of one measuring process after another, until all is measured or the time is over. One that says
-    nothing for `stall` seconds is ended, and what it was at is recorded as hung; what it was at when it died or lost its
-    device is recorded as failed. The next process goes on behind it.
+    nothing for `stall` seconds is ended, and what it was at is recorded as hung; what it was at when it died or lost
+    its device is recorded as failed. The next process goes on behind it.
 
     Raises:
         OSError: a process ended, or lost its device, and what it was at is not known: the next would do the same.

@@ -160,6 +160,32 @@ def test_a_driver_that_is_killed_midway_goes_on_where_it_was(tmp_path, how):
     assert found["parts"]["second"]["status"] == "done" and seen.read_text() == "x"
 
 
+def test_a_part_that_can_go_on_is_started_again_while_there_is_time(drive, tmp_path):
+    """As tuning asks for where its device is lost (exit code 75)."""
+    seen = tmp_path / "seen"
+    add = f"import pathlib, sys; path = pathlib.Path({str(seen)!r}); path.open('a').write('x')\n"
+    code, found, _ = drive(part("tune", add + "sys.exit(75 * (len(path.read_text()) < 3))"), part("next", GOOD))
+    assert code == 0 and seen.read_text() == "xxx" and found["parts"]["tune"]["status"] == "done"
+    slow = add + "import time; time.sleep(1.0); sys.exit(75)"
+    code, found, _ = drive(part("slow", slow), seconds=1.2)
+    assert code == 0 and found["parts"]["slow"]["status"] == "partial" and seen.read_text() == "xxxx"
+
+
+def test_what_a_part_had_written_when_the_driver_was_killed_is_gone_on_with(drive, tmp_path):
+    ready = tmp_path / "work" / "part.json"
+    code = f"import json, pathlib, sys; path = pathlib.Path({str(ready)!r}); n = json.loads(path.read_text())['n']\n"
+    code += "path.write_text(json.dumps({'n': n + 1}))"
+    assert drive(part("part", f"open({str(ready)!r}, 'w').write('{{\"n\": 1}}'); sys.exit(1)"))[0] == 1
+    ready.write_text('{"n": 5}')
+    path = tmp_path / "out" / state.NAME
+    for status, wanted in (("failed", 2), ("running", 6)):
+        content = json.loads(path.read_text())
+        content["parts"]["part"] |= {"status": status, "result": {"n": 1}}
+        path.write_text(json.dumps(content))
+        ready.write_text('{"n": 5}')
+        assert drive(part("part", code))[1]["parts"]["part"]["result"] == {"n": wanted}
+
+
 def test_an_earlier_runs_results_are_gone_on_from(drive, tmp_path):
     assert drive(part("one", GOOD), part("two", CRASH))[0] == 1
     (tmp_path / "out").rename(tmp_path / "home")
