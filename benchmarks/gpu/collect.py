@@ -114,10 +114,14 @@ def _answers(plan: Plan) -> None:
     results = {}
     if (plan.out / ANSWERS).exists():
         results = json.loads((plan.out / ANSWERS).read_text(encoding="utf-8"))
-    for path in sorted((plan.work / "answers").glob("answer-*.json")):
+    # Peers of one setting may have been measured by several commands; what both have is the first one's.
+    for path in sorted((plan.work / "answers").glob("*/answer-*.json"), reverse=True):
         found = _whole(path)
         if found is not None:
-            results[found["setting"]["label"]] = found
+            label = found["setting"]["label"]
+            before = results.get(label, {})
+            both = {name: {**before.get(name, {}), **found[name]} for name in ("rows", "ratios", "failed")}
+            results[label] = found | both
     if results:
         state.write_json(plan.out / ANSWERS, results)
 

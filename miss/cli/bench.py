@@ -107,7 +107,7 @@ class AnswerArgs:
     work: Path | None = None
     """Folder of what peers were converted to; default miss-engine/peers in the user's cache."""
     out: Path = Path("benchmarks/results")
-    """For answer-<setting>.json, answer.md and plots."""
+    """For answer-<setting>.json and answer.md, written after each group of peers, and plots."""
     plots: bool = True
     """Draw them (needs matplotlib)."""
     json: bool = False
@@ -207,7 +207,11 @@ def answer(args: AnswerArgs) -> int:
         args.threads,
         args.device,
     )
-    found = list(bench_answer.run(options, say))
+    so_far: dict[str, dict[str, Any]] = {}
+    for result in bench_answer.run(options, say):
+        so_far[result["setting"]["label"]] = result
+        answer_report.write(args.out, [result])
+    found = list(so_far.values())
     answer_report.with_groups(found)
     everything = answer_report.write(args.out, found)
     if args.plots:

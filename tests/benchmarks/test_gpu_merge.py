@@ -190,7 +190,8 @@ def test_the_best_peer_counts_and_a_library_in_a_table_is_a_peer():
 def test_answers_floors_and_memory_are_ratios_the_right_way_round():
     def answers(label, **ms):
         rows = {name.replace("_", "-"): {"ms": {"median": value}} for name, value in ms.items()}
-        return {label: {"rows": rows}}
+        ratios = {name: {"median": row["ms"]["median"] / ms["miss_bf16"]} for name, row in rows.items()}
+        return {label: {"rows": rows, "ratios": ratios}}
 
     found = answers("base-384px-b1-q1-t4", miss_bf16=1.0, hf_bf16=12.0) | answers("base-384px-b1-q64-t4", miss_bf16=4.0)
     memory = {"complete": True, "jobs": {"memory": {"result": {"contrastive": {"triton": 4, "torch": 100}}}}}

@@ -270,6 +270,9 @@ def test_the_parts_on_a_gpu_name_files_and_commands_that_exist(tmp_path):
         several, parallel = make(plan)
         assert parallel >= 1 and len({one.name for one in several}) == len(several)
         assert all(one.command(10.0)[:2] == [sys.executable, "-m"] for one in several)
+    assert all("--go-on" in one.resume for one in work.kernels(plan)[0] if one.name != "memory")
+    compiled = [one for one in work.answers(plan)[0] if any("compiled" in word for word in one.command(10.0))]
+    assert [one.name for one in compiled] == ["b1-compiled"] and "hf-bf16" not in compiled[0].command(10.0)
 
 
 # --- What travels
@@ -316,6 +319,25 @@ def test_rows_of_several_runs_are_one_file_and_half_a_line_is_dropped(tmp_path):
     found = [json.loads(line) for line in plan.kernels.read_text().splitlines()]
     assert found[0] == {"record": "environment"} and len(found) == 3
     assert next(line for line in found if line.get("shape") == "1")["median_ms"] == 2
+
+
+def test_answers_of_several_commands_are_one_result_and_half_a_file_is_dropped(tmp_path):
+    plan, label = plan_of(tmp_path), "base-384px-b1-q1-t4"
+
+    def result(**ms):
+        rows = {name.replace("_", "-"): {"ms": {"median": value}} for name, value in ms.items()}
+        return json.dumps({"setting": {"label": label}, "rows": rows, "ratios": dict.fromkeys(rows), "failed": {}})
+
+    files = {"b1": result(miss=1.0, hf=9.0), "b1-compiled": result(miss=1.1, hf_compiled=3.0), "b32": '{"setting":'}
+    for name, text in files.items():
+        (plan.work / "answers" / name).mkdir(parents=True)
+        (plan.work / "answers" / name / f"answer-{label}.json").write_text(text)
+    collect.pack_all(plan)
+    found = json.loads((plan.out / "answers.json").read_text())[label]
+    assert {name: row["ms"]["median"] for name, row in found["rows"].items()} == {
+        "miss": 1.0, "hf": 9.0, "hf-compiled": 3.0,
+    }  # fmt: skip
+    assert set(found["ratios"]) == set(found["rows"])
 
 
 def test_evidence_that_ran_out_of_time_is_gone_on_with(tmp_path):
