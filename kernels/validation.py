@@ -8,7 +8,9 @@ Knows tables, clocks and records; does not know which operations there are, wher
    clock), on the same inputs, so caches are warm; the launch from Python is part of a call. Medians are compared.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 import platform
 import statistics
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from miss.kernels import evidence
 from miss.kernels.evidence import SLACK, Record
+from miss.kernels.launches import Asked, Pick, trial, watched
 from miss.kernels.registry import BACKWARD, OPS, Impl, Op, use, watch
 
 # Of a result's largest value: what two right kernels may differ by beyond the rule, one place of a half dtype.
@@ -183,6 +186,7 @@ def _blank(op: str, implementation: str, shape: str, modules: tuple[str, ...], d
         architecture=architecture,
         shape_class=shape,
         sources=evidence.sources_hash(modules),
+        launches={},
         correct=False,
         error=None,
         plain_error=None,
@@ -216,20 +220,24 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def measure(call: Call, impl: Impl, pace: Pace) -> Record:
+def measure(call: Call, impl: Impl, pace: Pace, against: Pick | None = None) -> Record:
     """The record of a row at a call. What the row raises is its failure; what the others raise is raised.
+
+    against: launches of the row itself, whose time is taken in turn in place of the next candidate's.
 
     Raises:
         torch.OutOfMemoryError: the inputs, in float64 once, do not fit: nothing is said of the row.
     """
     record, op = blank(call, impl), call.op
+    asked: Asked = record.launches
     below = op.impls[op.impls.index(impl) + 1 :]
     candidate = next(i for i in below if op.why_not(i, *call.args) is None)
     plain = next((i for i in below if i.name in ("torch", "composed")), candidate)
     truth = _results(_double(call), op.impls[-1])
     usual = _results(call, plain)
     try:
-        got = _results(call, impl)
+        with watched(asked):
+            got = _results(call, impl)
         error, plain_error, right = _compare(got, usual, truth)
         del got, usual, truth
         if not math.isfinite(error):
@@ -240,7 +248,9 @@ def measure(call: Call, impl: Impl, pace: Pace) -> Record:
         )
         if not right:
             return measured
-        mine, other = _race([_bound(call, impl), _bound(call, candidate)], call.device, pace)
+        beside = _bound(call, candidate) if against is None else _bound(call, impl)
+        within = contextlib.nullcontext if against is None else functools.partial(trial, against)
+        mine, other = _race([_bound(call, impl), beside], [contextlib.nullcontext, within], call.device, pace)
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # whatever a kernel, a compiler or a driver raises
@@ -300,17 +310,21 @@ def _error(got: Tensor, truth: Tensor) -> float:
     return apart / max(size, 1e-30) if math.isfinite(apart) else math.inf
 
 
-def _race(runs: list[Callable[[], Any]], device: torch.device, pace: Pace) -> tuple[float, float]:
-    """Median seconds a call of each, in turn."""
+def _race(
+    runs: list[Callable[[], Any]], within: list[Callable[[], Any]], device: torch.device, pace: Pace
+) -> tuple[float, float]:
+    """Median seconds a call of each, in turn, its samples within a block of its own."""
     counts = []
-    for run in runs:
-        run()
-        once = min(_sample(run, 1, device) for _ in range(2))
+    for run, block in zip(runs, within, strict=True):
+        with block():
+            run()
+            once = min(_sample(run, 1, device) for _ in range(2))
         counts.append(max(1, min(pace.most_calls, math.ceil(pace.sample / max(once, 1e-7)))))
     seconds: list[list[float]] = [[], []]
     for turn in range(pace.rounds):
         for i in (0, 1) if turn % 2 else (1, 0):
-            seconds[i].append(_sample(runs[i], counts[i], device))
+            with within[i]():
+                seconds[i].append(_sample(runs[i], counts[i], device))
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 

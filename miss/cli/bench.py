@@ -143,6 +143,8 @@ def merge(args: MergeArgs) -> int:
         return 0
     print(found.page)
     print(f"{found.records} records added to the {found.kept} that were there; written: {', '.join(found.written)}")
+    if found.stale:
+        print(f"{found.stale} records are of other launches than are tuned now: gpu_suite.sh --parts evidence --again")
     return 0
 
 

@@ -98,7 +98,8 @@ def validate(args: ValidateArgs) -> int:
     if device.type == "cuda" and path is None:
         raise ValueError("there is no home folder to write to; name a file with --out, or in $MISS_EVIDENCE")
     known = [] if path is None else evidence.read(path)  # an unreadable one ends it here, not after ten minutes
-    done = set() if args.again else {(*r.key, r.sources) for r in known}
+    # What was tuned since is measured anew: another launch is another kernel.
+    done = set() if args.again else {(*r.key, r.sources) for r in known if evidence.current(r)}
     found = Found()
 
     def report(text: str) -> None:

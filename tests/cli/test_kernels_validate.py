@@ -22,6 +22,7 @@ BLANK = Record(
     architecture="sm_90",
     shape_class="float32[4]",
     sources="0" * 16,
+    launches={},
     correct=False,
     error=None,
     plain_error=None,
