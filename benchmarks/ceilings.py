@@ -112,11 +112,8 @@ class Ceilings:
 
     def _buffer(self, index: int) -> Tensor:
         if index not in self._buffers:
-            self._buffers[index] = (
-                huge_zeros([_BUFFER // 4])
-                if self.device.type == "cpu"
-                else torch.empty(self._bytes // 4, device="cuda")
-            )
+            size, cpu = self._bytes // 4, self.device.type == "cpu"
+            self._buffers[index] = huge_zeros([size]) if cpu else torch.empty(size, device="cuda")
             self._buffers[index].fill_(1)
         return self._buffers[index]
 

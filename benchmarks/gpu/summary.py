@@ -205,9 +205,8 @@ def page(results: Results, date: str) -> str:
     ]
     lines += [f"| {name} | {p['status']} | {p.get('seconds', '')} |" for name, p in state["parts"].items()]
     lines.append("\n## Ceilings\n\n| ceiling | measured |\n|---|---|")
-    lines += [
-        f"| {name} | {value} {results.how.get(name, '')}".rstrip() + " |" for name, value in results.ceilings.items()
-    ]
+    how = results.how
+    lines += [f"| {name} | {value} {how.get(name, '')}".rstrip() + " |" for name, value in results.ceilings.items()]
     lines.append("\n## Aims\n\n| aim | wanted | measured | |\n|---|---|---|---|")
     lines += [f"| {aim.name} | {' | '.join(aim.verdict(results))} |" for aim in AIMS]
     return "\n".join([*lines, *_evidence(state), *_slower(results.rows)]) + "\n"

@@ -84,9 +84,8 @@ def test_every_ceiling_but_the_barrier_runs(pretended):
 
 def test_an_older_gpu_has_no_fp8_and_a_ceiling_that_fails_says_so(pretended):
     pretended.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
-    assert machine._guarded(machine._on_cuda(True, {})["fp8_tflops"]) == (
-        "not measured: fp8 products need sm_89 or later"
-    )
+    found = machine._guarded(machine._on_cuda(True, {})["fp8_tflops"])
+    assert found == "not measured: fp8 products need sm_89 or later"
     pretended.setattr(torch, "_int_mm", lambda a, b: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS\n15")))
     assert machine._guarded(machine._on_cuda(True, {})["int8_tops"]) == "failed: RuntimeError: CUBLAS_STATUS 15"
 
