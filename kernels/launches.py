@@ -45,7 +45,8 @@ def file_name(gpu: str) -> str:
 
 class Place(NamedTuple):
     """What a launch is tuned for: an operation as its launcher says it, a kind of its own, and `shape`: the dtype, and
-    of the sizes those that are a row's own. What shares the batch has no say: it must not change a row's rounding."""
+    of the sizes those that are a row's own, down to a power of two as evidence has them, so that a class of its shapes
+    has one launch. What shares the batch has no say: it must not change a row's rounding."""
 
     op: str
     kind: str
@@ -114,6 +115,10 @@ def same(asked: Mapping[str, Any], now: Table) -> bool:
     return all((None if key not in now else asdict(now[key])) == then for key, then in asked.items())
 
 
+def _class(one: int | torch.dtype) -> str:
+    return str(one).removeprefix("torch.") if isinstance(one, torch.dtype) else str(1 << one.bit_length() >> 1)
+
+
 def choose(op: str, kind: str, defaults: Mapping[str, Launch], like: Tensor, *own: int | torch.dtype) -> Launch:
     """The launch for a kind of call: what was tuned on this GPU for this dtype and these sizes, else the default. What
     was tuned for a kernel of other blocks is not taken.
@@ -124,7 +129,7 @@ def choose(op: str, kind: str, defaults: Mapping[str, Launch], like: Tensor, *ow
     known = tuned(_device_name(like.device.index)) if like.device.type == "cuda" else {}
     if not (known or _trials or _watchers):
         return default
-    place = Place(op, kind, " ".join(str(one).removeprefix("torch.") for one in (like.dtype, *own)))
+    place = Place(op, kind, " ".join(map(_class, (like.dtype, *own))))
     for pick in reversed(_trials):
         tried = pick(place, default)
         if tried is not None:

@@ -38,7 +38,7 @@ def _of_evidence(plan: Plan) -> dict[str, Any] | None:
     faster = [r for r in records if r["correct"] and (r["speedup"] or 0) > 1]
     wrong = [r for r in records if not r["correct"] and r["failure"] is None]
     failed = [r for r in records if r["failure"] is not None]
-    losing = sorted({f"{r['op']} {r['implementation']}" for r in records} - {_name(r) for r in faster})
+    losing = sorted({_name(r) for r in records if r["failure"] is None} - {_name(r) for r in faster})
     log = plan.logs / "evidence.log"
     said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     over = "the time is over" in said.rpartition("\n$ ")[2]  # of the last command: a log is added to

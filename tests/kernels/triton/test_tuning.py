@@ -138,7 +138,7 @@ class OnGpu:
 
 def test_what_was_tuned_is_taken_in_its_own_dtype_and_sizes_alone(tmp_path, monkeypatch):
     first, other = Launch({"BM": 1}), Launch({"BM": 2})
-    kinds = {"long": {"bfloat16 64 577": dataclasses.asdict(other)}, "short": {"bfloat16 64": {"blocks": {"BN": 1}}}}
+    kinds = {"long": {"bfloat16 64 512": dataclasses.asdict(other)}, "short": {"bfloat16 64": {"blocks": {"BN": 1}}}}
     (tmp_path / "NVIDIA_H200.json").write_text(json.dumps({"attention": kinds}))
     monkeypatch.setattr(launches, "TUNED", tmp_path)
     monkeypatch.setattr(launches, "_device_name", lambda index: "NVIDIA H200")
@@ -150,12 +150,12 @@ def test_what_was_tuned_is_taken_in_its_own_dtype_and_sizes_alone(tmp_path, monk
     try:
         asked: launches.Asked = {}
         with launches.watched(asked):
-            assert choose("long", torch.bfloat16, 64, 577) == other
+            assert choose("long", torch.bfloat16, 64, 577) == choose("long", torch.bfloat16, 64, 1023) == other
             assert choose("long", torch.float16, 64, 577) is first
             assert choose("long", torch.bfloat16, 64, 197) is first
             assert choose("short", torch.bfloat16, 64) is first  # of a kernel with other blocks
-        assert asked["attention/long/bfloat16 64 577"] == dataclasses.asdict(other)
-        assert asked["attention/long/float16 64 577"] is None and len(asked) == 4
+        assert asked["attention/long/bfloat16 64 512"] == dataclasses.asdict(other)
+        assert asked["attention/long/float16 64 512"] is None and len(asked) == 4
         assert launches.same(asked, launches.tuned("NVIDIA H200"))
         assert not launches.same(asked, {})
     finally:
