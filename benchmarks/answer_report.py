@@ -133,7 +133,10 @@ def write(folder: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
-        (folder / f"answer-{result['setting']['label']}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+        path = folder / f"answer-{result['setting']['label']}.json"
+        temporary = path.with_name(f".{path.name}.new")  # whole or not at all: the process may be ended at any time
+        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        temporary.replace(path)
     everything = read(folder)
     with_groups(everything)
     text = "# Whole answers\n\nWritten by `miss bench answer`; times in milliseconds for all questions of a batch.\n\n"

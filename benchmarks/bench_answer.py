@@ -4,7 +4,8 @@ Knows what is measured and in which order; does not know how a peer runs, or how
 
 1. Every setting (image size, batch, questions an image, tokens) has a checkpoint and a job; each peer converts it once.
 2. Peers are started together, each in a process of its own that has loaded what it needs and waits on its pipe, and
-   answer in turn. Where they are too many for the memory, they come in groups, ours in every group.
+   answer in turn. Where they are too many for the memory, they come in groups, ours in every group; what compiles for
+   minutes comes last and alone. After each group all that is known is handed on.
 3. First-token logits are compared with float64, on the same checkpoint; answers, on the checkpoint that ships.
 """
 
@@ -30,7 +31,8 @@ _REFERENCE = "hf-fp32"  # what every precision of ours is held against, besides 
 
 
 def run(options: Options, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Measures each setting; a result for each, the errors of the shipped checkpoint in every one."""
+    """Measures each setting; what is known of it after each group of peers, so that a run that is ended has said it:
+    the last result of a setting is the whole. The errors of the shipped checkpoint are in every one."""
     peers, absent = chosen(options.peers, options.device)
     wanted = [entry for entry in OURS if entry.precision in options.precisions]
     absent |= {entry.name: reason for entry in wanted if (reason := entry.misses_device(options.device))}
@@ -40,7 +42,8 @@ def run(options: Options, say: Callable[[str], None]) -> Iterator[dict[str, Any]
     judged = _judged(options, [*ours, *peers], say) if options.judged else {}
     ceilings = Ceilings(torch.device(options.device))
     for setting in options.settings:
-        yield _setting(setting, options, ours, peers, absent, ceilings, say) | {"answers": judged}
+        for result in _setting(setting, options, ours, peers, absent, ceilings, say):
+            yield result | {"answers": judged}
 
 
 def _setting(
@@ -51,7 +54,7 @@ def _setting(
     absent: dict[str, str],
     ceilings: Ceilings,
     say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     model = answer_models.timed_model(setting.preset, setting.image_size, options.work)
     failed = dict(absent)
     peers = [peer for peer in peers if _converted(peer, model, options, failed, say)]
@@ -61,21 +64,27 @@ def _setting(
     rows: dict[str, Any] = {}
     ratios: dict[str, Any] = {}
     environment = {**record.environment(torch.device(options.device)), "before": record.moment()}
-    for start in range(0, max(1, len(peers)), options.together):
-        group = peers[start : start + options.together]
+    for group in groups(peers, options.together):
         say(f"{setting.label}: {', '.join(entry.name for entry in [*ours, *group])}")
         found = _group(setting, options, model, file, [*ours, *group], failed, ceilings)
         ratios |= _ratios({name: turns for name, (turns, _) in found.items()}, ours, group)
         rows |= {name: row for name, (_, row) in found.items() if name not in rows}
-    environment["after"] = record.moment()
-    return {
-        "benchmark": "answer",
-        "setting": asdict(setting) | {"label": setting.label},
-        "environment": environment,
-        "rows": rows,
-        "ratios": ratios,
-        "failed": failed,
-    }
+        yield {
+            "benchmark": "answer",
+            "setting": asdict(setting) | {"label": setting.label},
+            "environment": environment | {"after": record.moment()},
+            "rows": dict(rows),
+            "ratios": dict(ratios),
+            "failed": dict(failed),
+        }
+
+
+def groups(peers: list[Entry], together: int) -> list[list[Entry]]:
+    """The peers that are loaded at once, `together` of them, then one by one those that are to be alone; one group at
+    least, in which ours may be alone."""
+    many, single = [p for p in peers if not p.alone], [[p] for p in peers if p.alone]
+    found = [many[start : start + together] for start in range(0, len(many), together)] + single
+    return found or [[]]
 
 
 def _group(

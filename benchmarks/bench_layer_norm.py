@@ -83,5 +83,6 @@ def backward(op: str, rows: int, columns: int, dtype: torch.dtype) -> Case:
     return Case(
         op, f"M={rows} C={columns}", str(dtype).removeprefix("torch."), make, OPS[op],
         flops=14.0 * rows * columns, reads=(2 + adds) * matrix, writes=(1 + adds) * matrix, kind="fp32",
+        caches=("warm", "cold") if rows > 1000 else ("warm",),
         tolerance=1e-4 if dtype == torch.float32 else 6e-2,  # the torch row adds weight gradients up in bfloat16
     )  # fmt: skip

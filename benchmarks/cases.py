@@ -94,6 +94,8 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)  # wrong answers, not timed
     skipped: list[dict[str, Any]] = field(default_factory=list)  # cannot run here, and why
+    cases: list[dict[str, Any]] = field(default_factory=list)  # how far each came: going_on.py
+    lost: bool = False  # the device went with the last case: nothing more can be measured in this process
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,4 @@ class Settings:
     device: torch.device
     repeats: int = 20
     deadline: float = math.inf  # of time.time(), after which no case begins
+    stall: float = math.inf  # seconds of one case beyond which it hangs, and the process is ended

@@ -22,6 +22,7 @@ from miss.kernels.memory import huge_zeros
 KINDS = ("fp32", "bf16", "int8")  # fp16 too on cuda
 _TURNS = 400_000  # 1.5 to 3 ms of the loops in csrc/cpu/ceilings.inl.h
 _BUFFER = 256 << 20  # eight times the 32 MB of L3 that this code was written on: what is read is never still there
+_CACHES = 8  # last caches that a GPU's buffer is as large as: 400 MB on an H100 or H200 (50 MB), 1 GB on a B200 (126)
 _PIECE = 64 << 20
 _SETTLING = 0.3  # seconds
 _GPU_REPEATS = 8  # of the whole buffer, which no L2 holds: 0.5 ms and more, where one piece takes as long as a launch
@@ -47,6 +48,7 @@ class Ceilings:
         self._buffers: dict[int, Tensor] = {}
         self._matrices: dict[str, Tensor] = {}
         self._place = 0
+        self._bytes = _BUFFER if device.type == "cpu" else max(_BUFFER, _CACHES * last_cache_bytes(device)) & ~4095
 
     def rate(self, kind: str) -> float:
         """Operations a second (a multiply-add counts as two) of one burst on all threads."""
@@ -70,7 +72,7 @@ class Ceilings:
             piece, repeats = (self._buffer(0), _GPU_REPEATS) if whole else (self._next(_PIECE // half), 1)
         else:
             size = max(1 << 14, nbytes // half)
-            piece = self._buffer(0)[: min(size // 4096 * 1024, _BUFFER // 4)]
+            piece = self._buffer(0)[: min(size // 4096 * 1024, self._bytes // 4)]
             rate = 6e10 if self.device.type == "cpu" else 6e12
             repeats = max(1, int(_BURST * rate / (piece.nbytes * half)))
         target = self._buffer(1)[: piece.numel()] if kind == "copy" else piece
@@ -110,16 +112,15 @@ class Ceilings:
 
     def _buffer(self, index: int) -> Tensor:
         if index not in self._buffers:
-            self._buffers[index] = (
-                huge_zeros([_BUFFER // 4]) if self.device.type == "cpu" else torch.empty(_BUFFER // 4, device="cuda")
-            )
+            size, cpu = self._bytes // 4, self.device.type == "cpu"
+            self._buffers[index] = huge_zeros([size]) if cpu else torch.empty(size, device="cuda")
             self._buffers[index].fill_(1)
         return self._buffers[index]
 
     def _next(self, nbytes: int) -> Tensor:
         """The next piece of the buffer, so that none is read again before all others were."""
         count = nbytes // 4096 * 1024
-        if self._place + count > _BUFFER // 4:
+        if self._place + count > self._bytes // 4:
             self._place = 0
         piece = self._buffer(0)[self._place : self._place + count]
         self._place += count

@@ -12,11 +12,12 @@ Knows the registry, clocks and caches; does not know which operations there are,
    A sample of short calls is the mean of several. The public function is called, the choice of implementation included.
 """
 
+import contextlib
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,9 +26,10 @@ from torch import Tensor
 
 from miss.benchmarks.cases import Bound, Cache, Case, Result, Row, Settings
 from miss.benchmarks.ceilings import Ceilings, last_cache_bytes
-from miss.benchmarks.check import Runner, check, mapped, tensors, truths_of
+from miss.benchmarks.check import Runner, check, mapped, one_line, tensors, truths_of
 from miss.benchmarks.load import Busy
 from miss.kernels import registry
+from miss.kernels.validation import sound
 
 # Of the truth's largest value; the error of sums that PyTorch itself rounds on the way (scores, halves) is within it.
 _TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -41,17 +43,43 @@ _SLOW_REPEATS = 7
 _COPYING = 0.25  # the share of writes beyond which the bandwidth to compare with is that of copying
 
 
+class DeviceLost(Exception):
+    """The CUDA context of this process went with an implementation: whatever is asked next fails too."""
+
+    def __init__(self, runner: Runner, reason: str) -> None:
+        super().__init__(reason)
+        self.implementation, self.ours = runner.name, runner.ours
+
+
+@contextlib.contextmanager
+def _blamed(runner: Runner, device: torch.device) -> Iterator[None]:
+    """What fails inside is `runner`'s fault where the device is lost with it."""
+    try:
+        yield
+    except Exception as error:
+        if sound(device):
+            raise
+        raise DeviceLost(runner, one_line(error)) from error
+
+
 @torch.no_grad()
 def measure(case: Case, cache: Cache, settings: Settings, ceilings: Ceilings) -> Result:
-    """Checks, then times all that can compute `case`."""
+    """Checks, then times all that can compute `case`.
+
+    Raises:
+        DeviceLost: an implementation took the CUDA context with it.
+    """
     result, name = Result(), {"op": case.op, "shape": case.shape, "dtype": case.dtype}
     sets = _sets(case, cache, settings.device)
     runners, truths = [], truths_of(case, sets)
     for runner in _runners(case, sets[0], result):
         if reason := check(runner, truths):
+            if not sound(settings.device):
+                raise DeviceLost(runner, reason)
             result.refused.append({**name, "implementation": runner.name, "ours": runner.ours, "reason": reason})
         else:
-            runner.bound = [runner.bind(*one) for one in sets]
+            with _blamed(runner, settings.device):
+                runner.bound = [runner.bind(*one) for one in sets]
             runners.append(runner)
     if runners:
         kind = case.kind or _KINDS[_first(sets[0]).dtype]
@@ -131,7 +159,7 @@ def _calibrate(case: Case, runners: list[Runner], device: torch.device) -> None:
     """Warms up; how many calls make a sample, and whether one goes before it."""
     moved = case.reads + case.writes
     for runner in runners:
-        with registry.use(**runner.choice):
+        with _blamed(runner, device), registry.use(**runner.choice):
             runner.bound[-1]()
             once = min(_timed(runner.bound[:1], device) for _ in range(2))
         runner.calls = max(1, min(_MOST_CALLS, math.ceil(_SAMPLE / max(once, 1e-7))))
@@ -166,7 +194,7 @@ def _sample(runner: Runner, cache: Cache, turn: int, places: dict[str, int], dev
     else:
         calls = [bound[(places[runner.name] + i) % len(bound)] for i in range(count)]
         places[runner.name] += count
-    with registry.use(**runner.choice):
+    with _blamed(runner, device), registry.use(**runner.choice):
         if cache == "warm" and runner.warms:
             calls[0]()
         return _timed(calls, device)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy
 import torch
 
 import miss
-from miss.benchmarks.cases import Result
+from miss.benchmarks import going_on
+from miss.benchmarks.cases import Case, Result, Row
 from miss.benchmarks.ceilings import last_cache_bytes
 from miss.benchmarks.harness import as_json
 from miss.kernels import extension
@@ -83,16 +85,50 @@ def summary(environment: dict[str, Any], ceilings: dict[str, Any], result: Resul
         "rows": [as_json(row) for row in result.rows],
         "refused": result.refused,
         "skipped": result.skipped,
+        "cases": result.cases,
     }
 
 
 def write(path: Path, run: dict[str, Any]) -> None:
-    """As JSON lines: the environment, the ceilings, then a line a row."""
+    """As JSON lines, whole or not at all: the environment, the ceilings, then a line a row."""
     lines = [{"record": "environment", **run["environment"]}, {"record": "ceilings", **run["ceilings"]}]
     for record in ("row", "refused", "skipped"):
         lines += [{"record": record, **line} for line in run["rows" if record == "row" else record]]
+    lines += [{"record": "case", **line} for line in run["cases"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+_SAME = ("device", "processor", "gpu", "torch", "miss")  # what of two environments must agree for one to go on
+
+
+def earlier(paths: Sequence[Path], cases: Iterable[Case], environment: dict[str, Any]) -> Result:
+    """What files of earlier runs say of these cases, the later file's word last; a file that is not there says nothing.
+
+    Raises:
+        ValueError: a file is of another machine or other versions, or of rows that this version does not write.
+    """
+    names = {(case.op, case.shape, case.dtype) for case in cases}
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in (path for path in paths if path.exists()):
+        for line in filter(None, map(_object, path.read_text(encoding="utf-8").splitlines())):
+            if line.get("record") == "environment":
+                other = {name: line.get(name) for name in _SAME if line.get(name) != environment.get(name)}
+                if other:
+                    raise ValueError(f"--go-on {path}: is of another machine or version ({other}); measure it anew")
+            elif (line.get("op"), line.get("shape"), line.get("dtype")) in names:
+                kept[line.get("record"), *going_on.key(line), line.get("implementation")] = line
+    found = Result()
+    for line in kept.values():
+        record = line.pop("record")
+        try:
+            into: dict[str, list[Any]] = {"refused": found.refused, "skipped": found.skipped, "case": found.cases}
+            into.get(record, found.rows).append(Row(**line) if record == "row" else line)
+        except TypeError as error:
+            raise ValueError(f"--go-on: a row that this version does not write ({error}); measure it anew") from None
+    return found
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -109,13 +145,15 @@ def read(path: Path) -> dict[str, Any]:
     objects = [o for o in map(_object, path.read_text(encoding="utf-8").splitlines()) if o is not None]
     if objects and objects[-1].get("benchmark") == "kernels":
         return objects[-1]
-    run: dict[str, Any] = {"environment": {}, "ceilings": {}, "rows": [], "refused": [], "skipped": []}
+    run: dict[str, Any] = {"environment": {}, "ceilings": {}, "rows": [], "refused": [], "skipped": [], "cases": []}
     for line in objects:
         record = line.pop("record", None)
         if record in ("environment", "ceilings"):
             run[record] = line
         elif record in ("row", "refused", "skipped"):
             run["rows" if record == "row" else record].append(line)
+        elif record == "case":
+            run["cases"].append(line)
     if not run["rows"]:
         raise ValueError(f"{path}: no rows of `miss bench kernels` in it")
     return run

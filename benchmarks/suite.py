@@ -3,20 +3,26 @@
 Knows the bench files by the folders of kernels/; does not know how a case is measured, files or plots.
 """
 
+import contextlib
 import importlib
 import importlib.util
+import math
+import os
 import pkgutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 
 import miss.kernels
+from miss.benchmarks import going_on
 from miss.benchmarks.cases import Cache, Case, Result, Settings
 from miss.benchmarks.ceilings import Ceilings
 from miss.benchmarks.gpu import aims
-from miss.benchmarks.harness import measure
+from miss.benchmarks.harness import DeviceLost, measure
 from miss.benchmarks.shapes import Shapes
+from miss.kernels.validation import sound
 from miss.models.config import did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,22 +82,69 @@ def run(
     ceilings: Ceilings,
     progress: Callable[[list[tuple[Case, Cache]]], Iterator[tuple[Case, Cache]]],
     show: Callable[[Case, Cache, Result, Result], None],
+    earlier: Result | None = None,
+    keep: Callable[[Result], None] = lambda total: None,
 ) -> Result:
-    """Measures every case until the time is over; `show` is called as each is done, with all so far."""
-    total = Result()
+    """Measures every case until the time is over or the device is lost.
+
+    earlier: what an earlier run has left: it goes on behind it. keep: called with all so far as each case is begun, so
+    that one which ends the process is known to the next. show: called as each is done.
+    """
+    total = earlier or Result()
+    total.skipped = [s for s in total.skipped if s["reason"] != going_on.LATE]
+    total.refused += going_on.settled(total.cases)
+    over = going_on.over(total.cases)
     for case, cache in progress(cases):
-        if time.time() > settings.deadline:
-            name = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
-            total.skipped.append({**name, "implementation": "all", "reason": "the time was over"})
+        name = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "cache": cache}
+        if going_on.key(name) in over:
             continue
+        if time.time() > settings.deadline:
+            total.skipped.append({**name, "implementation": "all", "reason": going_on.LATE})
+            continue
+        going_on.note(total.cases, name, "begun")
+        keep(total)
         try:
-            one = measure(case, cache, settings, ceilings)
-        except Exception as error:  # of its inputs or truth, or a device that is lost: it is said, and the next goes on
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            name = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
-            one = Result(refused=[{**name, "implementation": "all", "ours": True, "reason": reason}])
+            with _watched(settings.stall):
+                one = _one(case, cache, settings, ceilings)
+        except BaseException:  # the time or a person ends the run: not this case's fault
+            going_on.note(total.cases, name, "cut")
+            keep(total)
+            raise
         total.rows += one.rows
         total.refused += [r for r in one.refused if r not in total.refused]
         total.skipped += [s for s in one.skipped if s not in total.skipped]
+        total.lost = one.lost
+        going_on.note(total.cases, name, "lost" if one.lost else "done")
         show(case, cache, one, total)
+        if one.lost:
+            break
     return total
+
+
+def _one(case: Case, cache: Cache, settings: Settings, ceilings: Ceilings) -> Result:
+    """A case's result; what failed as a whole is refused as a whole, and the next goes on where the device is sound."""
+    name = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
+    try:
+        return measure(case, cache, settings, ceilings)
+    except DeviceLost as lost:
+        who = {"implementation": lost.implementation, "ours": lost.ours}
+        return Result(refused=[{**name, **who, "reason": f"the device was lost with it: {lost}"}], lost=True)
+    except Exception as error:  # of its inputs or its truth
+        gone = not sound(settings.device)
+        reason = f"{'the device was lost with it: ' * gone}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Result(refused=[{**name, "implementation": "all", "ours": True, "reason": reason}], lost=gone)
+
+
+@contextlib.contextmanager
+def _watched(seconds: float) -> Iterator[None]:
+    """Ends the process where the block takes longer: what hangs in a driver or a compiler hears nothing else."""
+    if not math.isfinite(seconds):
+        yield
+        return
+    timer = threading.Timer(seconds, lambda: os._exit(going_on.AGAIN))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

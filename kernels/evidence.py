@@ -1,7 +1,7 @@
 """What has been proven of our GPU kernels, and where: records in files, and the rule that reads them.
 
-Knows records, shape classes and hashes of sources; does not know tables, kernels or clocks: registry.py asks,
-validation.py measures.
+Knows records, shape classes, hashes of sources and what was tuned; does not know tables, kernels or clocks: registry.py
+asks, validation.py measures.
 
 On a GPU the automatic choice takes a row of ours only where a record shows it correct and faster than the next
 candidate: on this GPU name and architecture, for this shape class, with the sources that are here. Nothing is carried
@@ -9,9 +9,10 @@ over between GPUs, of one architecture neither: an L4 and a 4090 have a third of
 
 Two files hold records: evidence.json beside this module, which is committed, and the user's own, which
 `miss kernels validate` writes ($MISS_EVIDENCE, else miss-engine/evidence.json in the cache folder). A file is
-`{"format": 1, "records": [...]}`, a record an object with the fields of `Record`, all of them. Of records of one key
-(op, implementation, GPU, architecture, shape class) those of the present sources count before all others, and of these
-the newest, whichever file it is in.
+`{"format": 2, "records": [...]}`, a record an object with the fields of `Record`, all of them. Of records of one key
+(op, implementation, GPU, architecture, shape class) those of the present sources and launches count before all others,
+and of these the newest, whichever file it is in. Another launch is another kernel: what was measured before one was
+tuned for a place that the row asks for says nothing of it.
 """
 
 import ast
@@ -32,7 +33,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FORMAT = 1
+from miss.kernels import launches
+
+FORMAT = 2  # 2: a record says which launches it was measured with
 FOLDER = Path(__file__).parent
 COMMITTED = FOLDER / "evidence.json"
 SHARED = ("triton_parts", "launches")  # modules that every Triton row is made of
@@ -82,6 +85,7 @@ class Record:
     architecture: str  # sm_90
     shape_class: str  # of `shape_class`
     sources: str  # of `sources_hash`
+    launches: dict[str, Any]  # each place of launches.py that it asks for: what was tuned for it, None where nothing
     correct: bool  # by the error rule, for every result
     error: float | None  # the largest, relative to the float64 truth's largest value; None where it failed
     plain_error: float | None  # the same of the plain PyTorch row
@@ -234,7 +238,7 @@ def read(path: Path) -> list[Record]:
     except json.JSONDecodeError as error:
         raise _unreadable(path, f"not JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("records"), list):
-        raise _unreadable(path, 'wanted {"format": 1, "records": [...]}')
+        raise _unreadable(path, 'wanted {"format": 2, "records": [...]}')
     if content.get("format") != FORMAT:
         raise _unreadable(path, f"its format is {content.get('format')!r}, this version reads {FORMAT}")
     return [_parse(path, at, value) for at, value in enumerate(content["records"])]
@@ -255,7 +259,7 @@ def _parse(path: Path, at: int, value: Any) -> Record:
         elif name in ("candidate", "failure"):
             right = one is None or isinstance(one, str)
         else:
-            right = isinstance(one, {"correct": bool, "versions": dict}.get(name, str))
+            right = isinstance(one, {"correct": bool, "versions": dict, "launches": dict}.get(name, str))
         if not right:
             raise _unreadable(path, f"record {at}: {name} is {one!r}, wanted {_FIELDS[name]}")
     if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", value["date"]):
@@ -317,6 +321,7 @@ def records() -> tuple[Record, ...]:
 
 def forget() -> None:
     """Reads the files anew at the next choice."""
+    launches.tuned.cache_clear()
     records.cache_clear()
     _of_row.cache_clear()
     judge.cache_clear()
@@ -334,7 +339,12 @@ def _of_row(op: str, implementation: str, target: Target) -> tuple[Record, ...]:
 
 
 def _best(found: Iterable[Record], sources: str) -> Record:
-    return max(found, key=lambda r: (r.sources == sources, r.date))
+    return max(found, key=lambda r: (r.sources == sources, current(r), r.date))
+
+
+def current(record: Record) -> bool:
+    """Whether what it was measured with is what runs now, as far as launches go."""
+    return launches.same(record.launches, launches.tuned(record.gpu))
 
 
 class Verdict(NamedTuple):
@@ -357,6 +367,8 @@ def on_record(op: str, implementation: str, modules: tuple[str, ...], target: Ta
 def _weigh(record: Record, sources: str) -> Verdict:
     if record.sources != sources:
         return Verdict(f"unvalidated: source changed since {record.day}", record)
+    if not current(record):
+        return Verdict(f"unvalidated: another launch was tuned since {record.day}", record)
     return Verdict(record.refusal(), record)
 
 

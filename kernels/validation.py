@@ -8,7 +8,9 @@ Knows tables, clocks and records; does not know which operations there are, wher
    clock), on the same inputs, so caches are warm; the launch from Python is part of a call. Medians are compared.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 import platform
 import statistics
@@ -23,12 +25,14 @@ from torch import Tensor
 
 from miss.kernels import evidence
 from miss.kernels.evidence import SLACK, Record
+from miss.kernels.launches import Asked, Pick, trial, watched
 from miss.kernels.registry import BACKWARD, OPS, Impl, Op, use, watch
 
 # Of a result's largest value: what two right kernels may differ by beyond the rule, one place of a half dtype.
 _FLOORS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 _UNEQUAL = 0.01  # the share of whole numbers (codes, drawn indices) that may differ where scores tie
 _PACKAGES = ("torch", "triton")
+WHOLE = "whole call"  # in place of a row's name
 
 
 @dataclass(frozen=True)
@@ -160,17 +164,29 @@ def ours(op: Op, device: torch.device) -> list[Impl]:
 
 def blank(call: Call, impl: Impl) -> Record:
     """A record before anything is measured."""
+    return _blank(call.op.name, impl.name, call.shape_class, impl.sources, call.device)
+
+
+def blank_call(op: Op, label: str, device: torch.device) -> Record:
+    """What stands for a whole call of a public function, before any of its rows is measured: that it ends its process
+    is a finding too, of no row in particular, and the call is not made again with the same sources."""
+    modules = tuple(dict.fromkeys(module for impl in op.impls for module in impl.sources))
+    return _blank(op.name, WHOLE, label, modules, device)
+
+
+def _blank(op: str, implementation: str, shape: str, modules: tuple[str, ...], device: torch.device) -> Record:
     gpu, architecture = "cpu", "cpu"
-    if call.device.type == "cuda":
-        target = evidence.Target(torch.cuda.get_device_name(call.device), torch.cuda.get_device_capability(call.device))
+    if device.type == "cuda":
+        target = evidence.Target(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         gpu, architecture = str(target.name), target.architecture
     return Record(
-        op=call.op.name,
-        implementation=impl.name,
+        op=op,
+        implementation=implementation,
         gpu=gpu,
         architecture=architecture,
-        shape_class=call.shape_class,
-        sources=evidence.sources_hash(impl.sources),
+        shape_class=shape,
+        sources=evidence.sources_hash(modules),
+        launches={},
         correct=False,
         error=None,
         plain_error=None,
@@ -183,6 +199,17 @@ def blank(call: Call, impl: Impl) -> Record:
     )
 
 
+def sound(device: torch.device) -> bool:
+    """Whether the process can still use its device: an access beyond memory ends that, for all that comes after."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
     for package in _PACKAGES:
@@ -193,20 +220,24 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def measure(call: Call, impl: Impl, pace: Pace) -> Record:
+def measure(call: Call, impl: Impl, pace: Pace, against: Pick | None = None) -> Record:
     """The record of a row at a call. What the row raises is its failure; what the others raise is raised.
+
+    against: launches of the row itself, whose time is taken in turn in place of the next candidate's.
 
     Raises:
         torch.OutOfMemoryError: the inputs, in float64 once, do not fit: nothing is said of the row.
     """
     record, op = blank(call, impl), call.op
+    asked: Asked = record.launches
     below = op.impls[op.impls.index(impl) + 1 :]
     candidate = next(i for i in below if op.why_not(i, *call.args) is None)
     plain = next((i for i in below if i.name in ("torch", "composed")), candidate)
     truth = _results(_double(call), op.impls[-1])
     usual = _results(call, plain)
     try:
-        got = _results(call, impl)
+        with watched(asked):
+            got = _results(call, impl)
         error, plain_error, right = _compare(got, usual, truth)
         del got, usual, truth
         if not math.isfinite(error):
@@ -217,7 +248,9 @@ def measure(call: Call, impl: Impl, pace: Pace) -> Record:
         )
         if not right:
             return measured
-        mine, other = _race([_bound(call, impl), _bound(call, candidate)], call.device, pace)
+        beside = _bound(call, candidate) if against is None else _bound(call, impl)
+        within = contextlib.nullcontext if against is None else functools.partial(trial, against)
+        mine, other = _race([_bound(call, impl), beside], [contextlib.nullcontext, within], call.device, pace)
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # whatever a kernel, a compiler or a driver raises
@@ -277,17 +310,21 @@ def _error(got: Tensor, truth: Tensor) -> float:
     return apart / max(size, 1e-30) if math.isfinite(apart) else math.inf
 
 
-def _race(runs: list[Callable[[], Any]], device: torch.device, pace: Pace) -> tuple[float, float]:
-    """Median seconds a call of each, in turn."""
+def _race(
+    runs: list[Callable[[], Any]], within: list[Callable[[], Any]], device: torch.device, pace: Pace
+) -> tuple[float, float]:
+    """Median seconds a call of each, in turn, its samples within a block of its own."""
     counts = []
-    for run in runs:
-        run()
-        once = min(_sample(run, 1, device) for _ in range(2))
+    for run, block in zip(runs, within, strict=True):
+        with block():
+            run()
+            once = min(_sample(run, 1, device) for _ in range(2))
         counts.append(max(1, min(pace.most_calls, math.ceil(pace.sample / max(once, 1e-7)))))
     seconds: list[list[float]] = [[], []]
     for turn in range(pace.rounds):
         for i in (0, 1) if turn % 2 else (1, 0):
-            seconds[i].append(_sample(runs[i], counts[i], device))
+            with within[i]():
+                seconds[i].append(_sample(runs[i], counts[i], device))
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from miss.benchmarks import going_on
 from miss.benchmarks.gpu import pack, state
 from miss.benchmarks.gpu.plan import Plan
 
@@ -37,7 +38,7 @@ def _of_evidence(plan: Plan) -> dict[str, Any] | None:
     faster = [r for r in records if r["correct"] and (r["speedup"] or 0) > 1]
     wrong = [r for r in records if not r["correct"] and r["failure"] is None]
     failed = [r for r in records if r["failure"] is not None]
-    losing = sorted({f"{r['op']} {r['implementation']}" for r in records} - {_name(r) for r in faster})
+    losing = sorted({_name(r) for r in records if r["failure"] is None} - {_name(r) for r in faster})
     log = plan.logs / "evidence.log"
     said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     over = "the time is over" in said.rpartition("\n$ ")[2]  # of the last command: a log is added to
@@ -81,9 +82,14 @@ def _kernels(plan: Plan) -> None:
 
 
 def joined(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of kernels-<device>.jsonl, the later of what says of the same; environment and ceilings first."""
+    """Lines of kernels-<device>.jsonl, the later of what says of the same; environment and ceilings first. That there
+    was no time for a case is not said once it was measured."""
     names = ("record", "op", "implementation", "shape", "dtype", "cache")
     kept = {json.dumps([line.get(name) for name in names]): line for line in lines}
+    over = going_on.over([line for line in kept.values() if line["record"] == "case"])
+    late = [name for name, line in kept.items() if line.get("reason") == going_on.LATE and going_on.key(line) in over]
+    for name in late:
+        del kept[name]
     return sorted(kept.values(), key=lambda line: line["record"] not in ("environment", "ceilings"))
 
 
@@ -108,10 +114,14 @@ def _answers(plan: Plan) -> None:
     results = {}
     if (plan.out / ANSWERS).exists():
         results = json.loads((plan.out / ANSWERS).read_text(encoding="utf-8"))
-    for path in sorted((plan.work / "answers").glob("answer-*.json")):
+    # Peers of one setting may have been measured by several commands; what both have is the first one's.
+    for path in sorted((plan.work / "answers").glob("*/answer-*.json"), reverse=True):
         found = _whole(path)
         if found is not None:
-            results[found["setting"]["label"]] = found
+            label = found["setting"]["label"]
+            before = results.get(label, {})
+            both = {name: {**before.get(name, {}), **found[name]} for name in ("rows", "ratios", "failed")}
+            results[label] = found | both
     if results:
         state.write_json(plan.out / ANSWERS, results)
 

@@ -3,7 +3,8 @@
     python -m miss.benchmarks.gpu.jobs kernels --device cuda --out DIR --work DIR --seconds 120
 
 Knows processes and what is said last; does not know which commands there are (work.py). A job that crashes or hangs is
-recorded with the end of its log, and the next goes on; one that an earlier run has done is not run again.
+recorded with the end of its log, and the next goes on; one that an earlier run has done is not run again. A job that
+can go on (`resume`) is started again behind the case that ended it, and in the next run where its time was over.
 """
 
 import argparse
@@ -18,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miss.benchmarks import going_on
 from miss.benchmarks.gpu import process
 from miss.benchmarks.gpu.plan import Plan
 from miss.benchmarks.gpu.state import ROOT, write_json
 
 _LEAST = 5.0  # seconds below which no job is begun
+_STARTS = 8  # of one job in one run
+_UNFINISHED = ("partial", "running")
 
 
 def last_object(log: str) -> dict[str, Any] | None:
@@ -41,7 +45,8 @@ def last_object(log: str) -> dict[str, Any] | None:
 class Job:
     """read: what of its output is the result, also where it did not end well. weight: of its share of the time.
 
-    fine: exit codes beside 0 with which it has done all that it should.
+    fine: exit codes beside 0 with which it has done all that it should. resume: words added to the command where the
+    job was begun before: it goes on then. A result whose `complete` is false is not all: the job is `partial`.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Job:
     weight: float = 1.0
     read: Callable[[str], Any] = last_object
     fine: tuple[int, ...] = ()
+    resume: tuple[str, ...] = ()
 
 
 class Board:
@@ -65,16 +71,20 @@ class Board:
     def done(self, name: str) -> bool:
         return self.jobs.get(name, {}).get("status") == "done"
 
+    def begun(self, name: str) -> bool:
+        """Whether an earlier run has begun it: one for which no time was left was not."""
+        return "exit_code" in self.jobs.get(name, {}) or self.jobs.get(name, {}).get("status") == "running"
+
     def put(self, name: str, job: dict[str, Any], names: list[str]) -> None:
         with self._lock:
             self.jobs[name] = job
-            complete = all(name in self.jobs and self.jobs[name]["status"] != "partial" for name in names)
+            complete = all(name in self.jobs and self.jobs[name]["status"] not in _UNFINISHED for name in names)
             write_json(self.path, {"complete": complete, "jobs": self.jobs})
 
 
 def run_all(jobs: list[Job], plan: Plan, board: Board, logs: str, parallel: int = 1) -> list[str]:
-    """Runs what is not done yet; the names of those that did not end well. One for which no time was left is not among
-    them: the board says `partial`, and the next run begins with it."""
+    """Runs what is not done yet; the names of those that did not end well. One for which no time was left, or not
+    enough, is not among them: the board says `partial`, and the next run begins or goes on with it."""
     deadline, names = time.monotonic() + plan.seconds, [job.name for job in jobs]
     waiting = [job for job in jobs if not board.done(job.name)]
     shares = {job.name: job.weight / sum(other.weight for other in waiting[i:]) for i, job in enumerate(waiting)}
@@ -83,13 +93,15 @@ def run_all(jobs: list[Job], plan: Plan, board: Board, logs: str, parallel: int 
     def one(job: Job) -> None:
         left = deadline - time.monotonic()
         if left < _LEAST:
-            board.put(job.name, {"status": "partial", "why": "no time was left"}, names)
+            board.put(job.name, {**board.jobs.get(job.name, {}), "status": "partial", "why": "no time was left"}, names)
             return
         # Jobs that run beside each other have one end; those in a row share what is left.
         limit = left if parallel > 1 else max(_LEAST, min(left, 2 * left * shares[job.name]))
-        entry = _run(job, plan, limit, f"{logs}.{job.name}")
+        begun = board.begun(job.name)
+        board.put(job.name, {**board.jobs.get(job.name, {}), "status": "running"}, names)
+        entry = _run(job, plan, limit, f"{logs}.{job.name}", begun)
         print(f"{job.name}: {entry['status']}, {entry['seconds']:.1f} s", flush=True)
-        if entry["status"] != "done":
+        if entry["status"] not in ("done", "partial"):
             bad.append(job.name)
         board.put(job.name, entry, names)
 
@@ -98,21 +110,47 @@ def run_all(jobs: list[Job], plan: Plan, board: Board, logs: str, parallel: int 
     return bad
 
 
-def _run(job: Job, plan: Plan, limit: float, name: str) -> dict[str, Any]:
+def _run(job: Job, plan: Plan, limit: float, name: str, begun: bool) -> dict[str, Any]:
     log = plan.logs / f"{name}.log"
     start = log.stat().st_size if log.exists() else 0
-    say = lambda text: print(text, flush=True)  # noqa: E731
-    command = job.command(max(_LEAST, 0.85 * limit))
-    ended = process.run(command, plan.environment(), ROOT, log, limit, say, nested=True)
+
+    def command(left: float) -> list[str]:
+        nonlocal begun
+        words, begun = (job.resume if begun else ()), True
+        return [*job.command(max(_LEAST, 0.85 * left)), *words]
+
+    ended, starts = process.until_over(
+        command,
+        lambda words, left: process.run(words, plan.environment(), ROOT, log, left, _say, nested=True),
+        # A signal: a fault in a library's code. Whatever else ends it would end it again.
+        lambda code: bool(job.resume) and (code == going_on.AGAIN or code < 0),
+        limit,
+        _LEAST,
+        _STARTS,
+    )
     with log.open("rb") as file:
         file.seek(start)
         said = file.read().decode("utf-8", "replace")
     result = job.read(said)
+    entry = {"status": _status(job, ended, result), "seconds": round(ended.seconds, 1), "exit_code": ended.code}
+    entry |= {"result": result, **({"starts": starts} if starts > 1 else {})}
+    return entry if entry["status"] == "done" else {**entry, "limit": round(limit, 1), "tail": process.tail(log)}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _status(job: Job, ended: process.Ended, result: Any) -> str:
+    if ended.hung:
+        return "hung"
+    if ended.code == going_on.AGAIN and job.resume:  # no time was left for one more start
+        return "partial"
     # Python ends with 1 too where it falls over: a result says that the command came to its end.
     well = ended.code == 0 or (ended.code in job.fine and (result is not None or ended.code != 1))
-    status = "hung" if ended.hung else "done" if well else "failed"
-    entry = {"status": status, "seconds": round(ended.seconds, 1), "exit_code": ended.code, "result": result}
-    return entry if status == "done" else {**entry, "limit": round(limit, 1), "tail": process.tail(log)}
+    if not well:
+        return "failed"
+    return "partial" if isinstance(result, dict) and result.get("complete") is False else "done"
 
 
 def main() -> int:

@@ -24,7 +24,8 @@ from miss.benchmarks.gpu.state import write_json
 
 NEEDS_CUDA = "not measured: needs CUDA"
 _SIDE, _QUICK_SIDE = 8192, 1024  # of the products
-_COPY, _QUICK_COPY = 1 << 30, 1 << 26  # bytes
+_COPY, _QUICK_COPY = 1 << 30, 1 << 26  # bytes at least
+_CACHES = 8  # last caches that what is copied or read is as large as: 50 MB on an H100 or H200, 126 MB on a B200
 _NODES = 1000  # of a graph
 _ROUNDS = 2000  # of the barrier
 _CEILINGS = ("copy_gbps", "read_gbps", "bf16_tflops", "fp16_tflops", "fp8_tflops", "int8_tops", "l2_gbps")
@@ -40,11 +41,11 @@ def main() -> int:
     parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     device = torch.device(args.device)
-    found: dict[str, Any] = {"complete": False, "environment": environment(device), "ceilings": {}}
-    measures = (_on_cuda if device.type == "cuda" else _on_cpu)(args.quick)
+    found: dict[str, Any] = {"complete": False, "environment": environment(device), "ceilings": {}, "how": {}}
+    measures = (_on_cuda if device.type == "cuda" else _on_cpu)(args.quick, found["how"])
     for name in NAMES:
         found["ceilings"][name] = value = _guarded(measures.get(name))
-        print(f"{name:<16} {value}", flush=True)
+        print(f"{name:<16} {value} {found['how'].get(name, '')}", flush=True)
         write_json(args.result, found)
     found["complete"] = True
     write_json(args.result, found)
@@ -85,7 +86,7 @@ def _guarded(measure: Callable[[], float] | None) -> float | str:
         return f"not measured: {text}" if unfit else f"failed: {type(error).__name__}: {text}"
 
 
-def _on_cpu(quick: bool) -> dict[str, Callable[[], float]]:
+def _on_cpu(quick: bool, how: dict[str, str]) -> dict[str, Callable[[], float]]:
     ceilings = Ceilings(torch.device("cpu"))
 
     def best(burst: Callable[[], float], unit: float) -> float:
@@ -99,14 +100,18 @@ def _on_cpu(quick: bool) -> dict[str, Callable[[], float]]:
     }
 
 
-def _on_cuda(quick: bool) -> dict[str, Callable[[], float]]:
-    side, nbytes = (_QUICK_SIDE, _QUICK_COPY) if quick else (_SIDE, _COPY)
+def _on_cuda(quick: bool, how: dict[str, str]) -> dict[str, Callable[[], float]]:
+    """how: what was measured, in words, where a figure does not say it; filled as the measures are called."""
+    side, least = (_QUICK_SIDE, _QUICK_COPY) if quick else (_SIDE, _COPY)
+    cache = last_cache_bytes(torch.device("cuda"))
+    nbytes = max(least, _CACHES * cache) & ~4095
+    how["copy_gbps"] = how["read_gbps"] = f"({nbytes >> 20} MiB; the last cache holds {cache >> 20} MiB)"
     return {
         "copy_gbps": functools.partial(_copying, nbytes),
         "read_gbps": functools.partial(_reading, nbytes),
         "bf16_tflops": functools.partial(_product, side, torch.bfloat16),
         "fp16_tflops": functools.partial(_product, side, torch.float16),
-        "fp8_tflops": functools.partial(_fp8, side),
+        "fp8_tflops": functools.partial(_fp8, side, how),
         "int8_tops": functools.partial(_int8, side),
         "l2_gbps": _last_cache,
         "graph_node_us": _graph_node,
@@ -160,13 +165,24 @@ def _product(side: int, dtype: torch.dtype) -> float:
     return 2 * side**3 / timed(lambda: a @ b.t()) / 1e12
 
 
-def _fp8(side: int) -> float:
+def _fp8(side: int, how: dict[str, str]) -> float:
+    """With sums in float32, and with the shorter ones that the tensor cores are faster with where they have them."""
     if torch.cuda.get_device_capability() < (8, 9):
         raise NotImplementedError("fp8 products need sm_89 or later")
     a, b = (torch.randn(side, side, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
-    run: Any = torch._scaled_mm
-    return 2 * side**3 / timed(lambda: run(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)) / 1e12
+    product = functools.partial(torch._scaled_mm, a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    rates: dict[str, float] = {}
+    refused: list[str] = []
+    for name, fast in (("exact sums", False), ("fast sums", True)):
+        try:
+            rates[name] = 2 * side**3 / timed(functools.partial(product, use_fast_accum=fast)) / 1e12
+        except (RuntimeError, NotImplementedError) as error:  # some devices and versions have one of them alone
+            refused.append(f"{name}: {' '.join(str(error).split())[:100]}")
+    if not rates:
+        raise RuntimeError("; ".join(refused))
+    how["fp8_tflops"] = f"({', '.join([*(f'{name} {rate:.5g}' for name, rate in rates.items()), *refused])})"
+    return max(rates.values())
 
 
 def _int8(side: int) -> float:
@@ -213,7 +229,7 @@ def _barrier() -> float:
     from miss.benchmarks.gpu import barrier
 
     programs = torch.cuda.get_device_properties(0).multi_processor_count
-    barrier.seconds(programs, 4)  # compiles
+    barrier.seconds(programs, 4)  # compiles, once for every number of rounds
     pairs = [(barrier.seconds(programs, 2 * _ROUNDS), barrier.seconds(programs, _ROUNDS)) for _ in range(5)]
     return statistics.median((more - less) / _ROUNDS * 1e6 for more, less in pairs)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from miss.benchmarks.gpu import collect, pack, state, summary
 from miss.benchmarks.gpu.summary import Results
-from miss.kernels import evidence
+from miss.kernels import evidence, launches
 from miss.kernels.launches import Launch, file_name
 
 RESULTS = Path("benchmarks") / "results"
@@ -32,12 +32,14 @@ TUNED = Path("kernels") / "tuned"
 
 @dataclass(frozen=True)
 class Merged:
-    """written: files, relative to the repository. records: new or newer ones. kept: that were there and stay."""
+    """written: files, relative to the repository. records: new or newer ones. kept: that were there and stay. stale:
+    records of that GPU that were measured with other launches than are now tuned there; they prove nothing."""
 
     written: list[str]
     records: int
     kept: int
     page: str
+    stale: int = 0
 
 
 def read(folder: Path) -> Results:
@@ -133,7 +135,7 @@ def merge(folder: Path, root: Path, any_source: bool = False, trial: bool = Fals
     for name, text in _files(results, page).items():
         (root / RESULTS / name).write_text(text, encoding="utf-8")
         written.append((RESULTS / name).as_posix())
-    return Merged(written, len(fresh), len(before), page)
+    return Merged(written, len(fresh), len(before), page, _stale(root, results.state["environment"].get("gpu")))
 
 
 def _names(results: Results) -> dict[str, str]:
@@ -203,8 +205,8 @@ def _records(folder: Path) -> list[evidence.Record]:
 def _tuned(folder: Path) -> dict[str, Any]:
     found = _object(folder / "tuned.json")
     try:
-        for places in found.get("table", {}).values():
-            for launch in places.values():
+        for kinds in found.get("table", {}).values():
+            for launch in (launch for shapes in kinds.values() for launch in shapes.values()):
                 Launch(**launch)
         if found and not isinstance(found["gpu"], str):
             raise TypeError("no gpu")
@@ -217,9 +219,20 @@ def _tune(root: Path, gpu: str, table: dict[str, dict[str, Any]]) -> str:
     """Adds to what was tuned on that GPU before; the file's name."""
     name = TUNED / file_name(gpu)
     before = _object(root / name)
-    together = {op: {**before.get(op, {}), **table.get(op, {})} for op in sorted({*before, *table})}
+    together: dict[str, Any] = {}
+    for kinds, op in ((kinds, op) for found in (before, table) for op, kinds in found.items()):
+        for kind, shapes in kinds.items():
+            together.setdefault(op, {}).setdefault(kind, {}).update(shapes)
     state.write_json(root / name, together)
     return name.as_posix()
+
+
+def _stale(root: Path, gpu: str | None) -> int:
+    if gpu is None:
+        return 0
+    now = launches.table(root / TUNED / file_name(gpu))
+    found = [record for record in evidence.read(root / EVIDENCE) if record.gpu == gpu]
+    return sum(not launches.same(record.launches, now) for record in found)
 
 
 def newer(before: list[evidence.Record], found: list[evidence.Record], present: bool = True) -> list[evidence.Record]:

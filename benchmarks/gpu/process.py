@@ -72,6 +72,25 @@ def run(
     return Ended(process.returncode, time.monotonic() - start, hung)
 
 
+def until_over(
+    command: Callable[[float], list[str]],
+    start: Callable[[list[str], float], Ended],
+    again: Callable[[int], bool],
+    limit: float,
+    least: float,
+    most: int,
+) -> tuple[Ended, int]:
+    """Starts a command (of the seconds that are left) again where `again` says so of its exit code, while at least
+    `least` seconds are left, `most` times; how the last ended, all seconds together, and how many were started."""
+    begun, passed, starts = time.monotonic(), 0.0, 0
+    while True:
+        left = limit - passed
+        ended, starts = start(command(left), left), starts + 1
+        passed = time.monotonic() - begun
+        if ended.hung or not again(ended.code) or limit - passed < least or starts == most:
+            return Ended(ended.code, passed, ended.hung), starts
+
+
 def end(process: "subprocess.Popen[bytes]", nested: bool = False) -> None:
     """Ends a process and whatever it has started, politely first."""
     started = members(process.pid, nested)  # while their parents still say so

@@ -75,6 +75,11 @@ class State:
         part = self.parts.get(name, {})
         return part.get("status") == "done" and part.get("key") == key
 
+    def was_killed(self, name: str, key: str) -> bool:
+        """Whether the part ran when an earlier driver, of the same key, was ended."""
+        part = self.parts.get(name, {})
+        return part.get("status") == "running" and part.get("key") == key
+
     def earlier(self, name: str, key: str) -> Any:
         """What an unfinished run of the part, of the same key, has left; None where there is nothing."""
         part = self.parts.get(name, {})

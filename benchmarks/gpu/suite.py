@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from miss.benchmarks import going_on
 from miss.benchmarks.gpu import collect, process, state
 from miss.benchmarks.gpu.jobs import last_object
 from miss.benchmarks.gpu.plan import Plan, python
@@ -30,6 +31,7 @@ _PROBE = 120.0  # seconds for finding the device
 _ENDING = 8.0  # of the suite's time, kept for packing
 _MARGIN = 0.9  # of its limit that a part is told, so that it can end by itself
 _LEAST = 8.0  # seconds below which no part is begun
+_STARTS = 50  # of one part in one run: a command that ends with 75 goes on where it is started again
 
 
 @dataclass(frozen=True)
@@ -177,21 +179,27 @@ def _turn(
     limit = left * part.weight / sum(other.weight for other in coming)
     limit = max(limit, min(left, _LEAST))
     print(f"{head}: {part.what}; at most {limit:.0f} s of the {left:.0f} s left", flush=True)
-    _run(part, replace(plan, seconds=_MARGIN * limit), store, key, limit, again)
+    _run(part, plan, store, key, limit, again)
 
 
 def _run(part: Part, plan: Plan, store: State, key: str, limit: float, again: bool) -> None:
     result, log = plan.result(part.name), plan.logs / f"{part.name}.log"
     earlier = None if again else store.earlier(part.name, key)
-    result.unlink(missing_ok=True)
-    if earlier is not None:
-        state.write_json(result, earlier)
+    if again or not (store.was_killed(part.name, key) and result.exists()):  # else it says more than was brought home
+        result.unlink(missing_ok=True)
+        if earlier is not None:
+            state.write_json(result, earlier)
     store.put(part.name, status="running", key=key, limit=round(limit, 1), result=earlier)
-    ended = process.run(part.command(plan), plan.environment(), ROOT, log, limit, lambda text: print(text, flush=True))
+    ended, _ = process.until_over(
+        lambda left: part.command(replace(plan, seconds=_MARGIN * left)),
+        lambda words, left: process.run(words, plan.environment(), ROOT, log, left, lambda t: print(t, flush=True)),
+        lambda code: code == going_on.AGAIN,
+        limit,
+        _LEAST,
+        _STARTS,
+    )
     found = collect.result_of(part.name, plan)
-    status = "hung" if ended.hung else "failed" if ended.code else "done"
-    if status == "done" and found is not None and not found.get("complete", True):
-        status = "partial"
+    status = _status(ended, found)
     entry = {"status": status, "key": key, "limit": round(limit, 1), "seconds": round(ended.seconds, 1)}
     entry |= {"exit_code": ended.code, "result": found}
     if status != "done":
@@ -201,6 +209,14 @@ def _run(part: Part, plan: Plan, store: State, key: str, limit: float, again: bo
     print(f"  {part.name}: {status} after {ended.seconds:.0f} s", flush=True)
     if status in ("failed", "hung"):
         print("  | " + "\n  | ".join(process.tail(log, 5).splitlines()), flush=True)
+
+
+def _status(ended: process.Ended, found: dict[str, Any] | None) -> str:
+    if ended.hung:
+        return "hung"
+    if ended.code not in (0, going_on.AGAIN):
+        return "failed"
+    return "partial" if ended.code or (found is not None and not found.get("complete", True)) else "done"
 
 
 def _finish(chosen: list[Part], store: State, as_json: bool) -> int:

@@ -3,9 +3,10 @@
     python -m miss.benchmarks.gpu.tune --device cuda --out DIR --work DIR --seconds 100 --result tune.json
 
 Knows tables of launches, calls and records; does not know any kernel. Each configuration is measured as evidence is: it
-must be right by the error rule, and its time is the row's own. What `miss bench merge` makes kernels/tuned/<gpu>.json
-of is in tuned.json. On a CPU nothing is measured, and it says so. Never run on a GPU; its order of events is tested
-with interpreted kernels.
+must be right by the error rule, and its time is taken in turn with the default's, so that a clock that slows down slows
+both. A winner is one of a place: an operation's kind of call, in one dtype, at one row's sizes. What `miss bench merge`
+makes kernels/tuned/<gpu>.json of is in tuned.json. On a CPU nothing is measured, and it says so. Never run on a GPU;
+its order of events is tested with interpreted kernels.
 """
 
 import argparse
@@ -21,19 +22,19 @@ from typing import Any
 
 import torch
 
+from miss.benchmarks import going_on
 from miss.benchmarks.gpu.machine import NEEDS_CUDA
 from miss.benchmarks.gpu.state import write_json
 from miss.cli.calls import Shapes, calls, variants
 from miss.kernels import registry
-from miss.kernels.launches import Launch, trial
+from miss.kernels.launches import Launch, Place, trial
 from miss.kernels.registry import Impl
-from miss.kernels.validation import QUICK, Call, Pace, gather, measure
+from miss.kernels.validation import QUICK, Call, Pace, gather, measure, sound
 from miss.models.config import MissConfig
 
 PACE = Pace(rounds=5, sample=5e-4, most_calls=50)
 _WINS = 0.97  # of the default's time: less is noise
 _BATCHES = ((8, 8), (1, 8), (1, 1), (32, 32))  # images, questions
-Place = tuple[str, str]  # an operation's name as its launcher says it, and a shape class
 
 
 class Search:
@@ -58,68 +59,71 @@ class Search:
             try:
                 places = asked(call, impl)
             except Exception as error:  # of a kernel, its compiler or memory: evidence judges it, here it has no launch
-                self._fault([call.op.name, impl.name, 0, call.shape_class], error)
+                self._fault([call.op.name, impl.name, "", 0, call.shape_class], error, call.device)
                 continue
-            for (op, kind), table in places.items():
+            for place, table in places.items():
                 if len(table) < 2:
                     continue
-                self.content.setdefault("tables", {})[f"{op}/{kind}"] = [asdict(launch) for launch in table]
+                launches = [asdict(launch) for launch in table]
+                self.content.setdefault("tables", {})[str(place)] = {"place": list(place), "launches": launches}
                 for i, launch in enumerate(table):
                     if time.time() > deadline:
                         return False
-                    self._one(call, impl, op, kind, i, launch)
+                    self._one(call, impl, place, i, launch)
         return True
 
-    def _one(self, call: Call, impl: Impl, op: str, kind: str, index: int, launch: Launch) -> None:
-        name = [op, kind, index, f"{call.op.name} {call.shape_class}"]
-        times = self.content["measured"].setdefault(f"{op}/{kind}", {}).setdefault(name[3], {})
-        if str(index) in times or any(bad[:4] == name for bad in self.content["bad"]):
+    def _one(self, call: Call, impl: Impl, place: Place, index: int, launch: Launch) -> None:
+        """A launch's time in the default's, 1 of the default itself; None where it is wrong."""
+        name = [*place, index, f"{call.op.name} {call.shape_class}"]
+        ratios = self.content["measured"].setdefault(str(place), {}).setdefault(name[4], {})
+        if str(index) in ratios or any(bad[:5] == name for bad in self.content["bad"]):
             return
         self.save(trying=name)
 
-        def pick(asking: str, shape: str, default: Launch) -> Launch | None:
-            return launch if (asking, shape) == (op, kind) else None
+        def pick(asking: Place, default: Launch) -> Launch | None:
+            return launch if asking == place else None
+
+        def usual(asking: Place, default: Launch) -> Launch | None:
+            return default if asking == place else None
 
         try:
             with trial(pick):
-                record = measure(call, impl, self.pace)
-            times[str(index)] = record.microseconds if record.correct else None
+                record = measure(call, impl, self.pace, usual if index else None)
         except Exception as error:  # of the reference, the other row, or memory: it says nothing of this launch
             del self.content["trying"]
-            self._fault(name, error)
+            self._fault(name, error, call.device)
             return
         del self.content["trying"]
+        if record.failure is not None and not sound(call.device):
+            self._fault(name, RuntimeError(record.failure), call.device)
+        found = (1 / record.speedup if index else 1.0) if record.correct and record.speedup else None
+        ratios[str(index)] = None if found is None else round(found, 4)
         self.save()
 
-    def _fault(self, name: list[Any], error: Exception) -> None:
+    def _fault(self, name: list[Any], error: Exception, device: torch.device) -> None:
         """Writes it down; a CUDA context that went with it ends the process, and the next one goes on behind it."""
         self.content["bad"].append([*name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"])
         self.save()
-        if torch.cuda.is_available():
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError as lost:
-                raise SystemExit(
-                    f"{name[0]}: the CUDA context is lost ({lost}); started again, tuning goes on"
-                ) from lost
+        if not sound(device):
+            print(f"{name[0]}: the CUDA context is lost; started again, tuning goes on", flush=True)
+            raise SystemExit(going_on.AGAIN)
 
     def winners(self) -> dict[Place, tuple[int, float]]:
         """Place -> (index in its table, time / the default's), where another than the default wins over all calls."""
         found = {}
         for place, by_call in self.content["measured"].items():
-            best = _best([{int(i): t for i, t in times.items()} for times in by_call.values()])
+            best = _best([{int(i): ratio for i, ratio in ratios.items()} for ratios in by_call.values()])
             if best is not None:
-                op, _, kind = place.rpartition("/")
-                found[op, kind] = best
+                found[Place(*self.content["tables"][place]["place"])] = best
         return found
 
 
 def _best(calls: list[dict[int, float | None]]) -> tuple[int, float] | None:
-    """The launch that is right in all calls and whose geometric mean of times is least, if it beats the default."""
-    whole = [times for times in calls if times.get(0)]
+    """The launch that is right in all calls and whose geometric mean of ratios is least, if it beats the default."""
+    whole = [ratios for ratios in calls if ratios.get(0)]
     scores: dict[int, float] = {}
-    for index in {i for times in whole for i in times if i}:
-        ratios = [float(times[index] or math.inf) / float(times[0] or 1.0) for times in whole if index in times]
+    for index in {i for ratios in whole for i in ratios if i}:
+        ratios = [float(call[index] or math.inf) for call in whole if index in call]
         if len(ratios) == len(whole):
             scores[index] = statistics.geometric_mean(ratios) if math.isfinite(max(ratios)) else math.inf
     index = min(scores, key=lambda i: scores[i], default=0)
@@ -145,17 +149,17 @@ def asked(call: Call, impl: Impl) -> dict[Place, tuple[Launch, ...]]:
     """Which launches a row's call asks for, each with its table."""
     seen: dict[Place, Launch] = {}
 
-    def pick(op: str, kind: str, default: Launch) -> None:
-        seen[op, kind] = default
+    def pick(place: Place, default: Launch) -> None:
+        seen[place] = default
 
     with trial(pick):
         measure(call, impl, QUICK)
     known = tables()
     found = {}
-    for (op, kind), first in seen.items():
+    for place, first in seen.items():
         for table in known:
-            if kind in table and table[kind][0] is first:
-                found[op, kind] = table[kind]
+            if place.kind in table and table[place.kind][0] is first:
+                found[place] = table[place.kind]
     return found
 
 
@@ -186,11 +190,12 @@ def everything(device: torch.device) -> Iterable[tuple[Call, Impl]]:
 
 def report(search: Search) -> dict[str, Any]:
     """tuned.json: what kernels/tuned/ takes, and how much each launch wins."""
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, dict[str, dict[str, Any]]] = {}
     wins = {}
-    for (op, kind), (index, ratio) in search.winners().items():
-        table.setdefault(op, {})[kind] = search.content["tables"][f"{op}/{kind}"][index]
-        wins[f"{op}/{kind}"] = ratio
+    for place, (index, ratio) in search.winners().items():
+        launch = search.content["tables"][str(place)]["launches"][index]
+        table.setdefault(place.op, {}).setdefault(place.kind, {})[place.shape] = launch
+        wins[str(place)] = ratio
     return {"gpu": search.content.get("gpu"), "table": table, "time_of_default": wins}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from miss.benchmarks import going_on
 from miss.benchmarks.gpu.jobs import Job, last_object
 from miss.benchmarks.gpu.plan import Plan, python
 from miss.benchmarks.gpu.state import ROOT
@@ -31,6 +32,7 @@ KERNELS = (  # folders of kernels/, the most valuable first; their share of the 
 )
 _AIMS, _TINY = "aims", "aims-tiny"  # what aims.py calls its shapes; importing it would import torch
 _QUICK_KERNELS = ("cross_entropy",)
+_STALL = 60.0  # seconds that a case may take at least: some peers compile that long at a new shape
 _WORKERS = 6  # test processes beside each other: a compilation keeps a core, and the GPU's memory is shared
 _FOR_A_GPU = re.compile(r"\bmark\.gpu\b|\bDEVICES\b|\btriton\.device\b")  # what a file with tests for one says
 _OUTCOME = re.compile(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
@@ -70,11 +72,13 @@ def kernels(plan: Plan) -> tuple[list[Job], int]:
         def command(seconds: float, folder: str = folder, shapes: tuple[str, ...] = tuple(shapes)) -> list[str]:
             words = ["bench", "kernels", "--op", folder, "--device", plan.device, "--dtype", "bfloat16"]
             words += ["--shapes", *shapes, "--repeats", "2" if plan.quick else "30", "--no-plots", "--json"]
-            return python(
-                "miss", *words, "--minutes", f"{seconds / 60:.3f}", "--out", str(plan.work / "bench" / folder)
-            )
+            words += ["--minutes", f"{seconds / 60:.3f}", "--stall", f"{max(_STALL, seconds / 2):.0f}"]
+            return python("miss", *words, "--out", str(plan.work / "bench" / folder))
 
-        jobs.append(Job(folder, command, weight, read=_counted, fine=(1,)))  # 1: one of ours is wrong, and says so
+        earlier = plan.work / "bench" / folder / plan.kernels.name
+        resume = ("--go-on", str(plan.kernels), str(earlier))
+        # 1: one of ours is wrong, and says so
+        jobs.append(Job(folder, command, weight, read=_counted, fine=(1,), resume=resume))
     few = ["--device", plan.device, *(["--quick"] if plan.quick else [])]
     jobs.append(Job("memory", lambda seconds: python("miss.benchmarks.gpu.memory", *few), 0.5))
     return jobs, 1
@@ -85,9 +89,10 @@ def _counted(log: str) -> Any:
     found = last_object(log)
     if found is None or "rows" not in found:
         return None
-    late = [s for s in found["skipped"] if s["reason"] == "the time was over"]
+    late = [s for s in found["skipped"] if s["reason"] == going_on.LATE]
     refused = [f"{r['op']} {r['implementation']} {r['shape']}: {r['reason']}" for r in found["refused"] if r["ours"]]
-    return {"rows": len(found["rows"]), "not_measured_for_time": len(late), "ours_refused": refused[:50]}
+    counts = {"rows": len(found["rows"]), "not_measured_for_time": len(late), "ours_refused": refused[:50]}
+    return {"complete": not late, **counts}
 
 
 def answers(plan: Plan) -> tuple[list[Job], int]:
@@ -96,21 +101,24 @@ def answers(plan: Plan) -> tuple[list[Job], int]:
         few = ["--preset", "small", "--tokens", "2", "--rounds", "1", "--peers", "miss-nographs-bf16"]
         points: dict[str, list[str]] = {"b1": few}
     else:
-        # Compiling takes Hugging Face's model most of a minute at each new shape: at one answer alone.
+        # Compiling takes Hugging Face's model most of a minute at each new shape: at one answer alone, and in a command
+        # of its own, so that nobody's results wait for it.
+        one = ["--tokens", "4", "--rounds", "30", "--peers"]
         many = ["--tokens", "4", "--rounds", "7", "--peers", "hf-sdpa-bf16", "miss-nographs-bf16"]
         points = {
-            "b1": ["--tokens", "4", "--rounds", "30", "--peers", "gpu"],
+            "b1": [*one, "hf-bf16", "hf-sdpa-bf16", "miss-torch-bf16", "miss-nographs-bf16"],
             "b32": ["--batch", "32", *many],
             "q64": ["--questions-per-image", "64", *many],
+            "b1-compiled": [*one, "hf-compiled-bf16"],
         }
 
-    def command(words: list[str]) -> Callable[[float], list[str]]:
+    def command(name: str, words: list[str]) -> Callable[[float], list[str]]:
         fixed = ["bench", "answer", "--device", plan.device, "--precision", "bf16", "--judged", "0"]
-        folders = ["--out", str(plan.work / "answers"), "--work", str(plan.work / "models")]
+        folders = ["--out", str(plan.work / "answers" / name), "--work", str(plan.work / "models")]
         return lambda seconds: python("miss", *fixed, *words, *folders, "--no-plots", "--json")
 
-    weights = {"b1": 3.0}
-    return [Job(name, command(words), weights.get(name, 1.0), read=_ratios) for name, words in points.items()], 1
+    weights = {"b1": 2.0, "b1-compiled": 2.0}
+    return [Job(name, command(name, words), weights.get(name, 1.0), read=_ratios) for name, words in points.items()], 1
 
 
 def _ratios(log: str) -> Any:

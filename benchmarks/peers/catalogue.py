@@ -29,6 +29,12 @@ class Entry:
     def ours(self) -> bool:
         return self.module == "miss_engine" and not self.variant.startswith(("torch-", "nographs-"))
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is measured in a group of its own, the last: it compiles for minutes, which others need not wait
+        for."""
+        return self.variant.startswith("compiled-")
+
     def misses_device(self, device: str) -> str | None:
         """Why it cannot run on a device; None where it can."""
         if device == "cpu" or (self.module in ("hugging_face", "miss_engine") and self.precision != "int8"):

@@ -219,7 +219,7 @@ def _run(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tens
     numbers = (problem.scale, problem.dropout_p)
     if kind == "long" and problem.seed is not None:
         kind = "long_dropout"
-    launch = choose("attention_backward", kind, defaults, q.device)
+    launch = choose("attention_backward", kind, defaults, q, *problem.own)
     if "G" in launch.blocks:
         size = int(kind.removeprefix("short"))
         grid = (problem.batch * triton.cdiv(problem.heads, launch.blocks["G"]),)
@@ -232,7 +232,7 @@ def _run(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tens
     _dq[(units * tiles,)](
         dout, q, k, v, out, lse, delta, dq, *rest, tiles, *numbers, EDGE=edge, **problem.options(launch)
     )
-    launch = choose("attention_backward", f"{kind}_keys", defaults, q.device)
+    launch = choose("attention_backward", f"{kind}_keys", defaults, q, *problem.own)
     tiles, block = triton.cdiv(problem.keys, launch.blocks["BN"]), launch.blocks["BM"]
     edge = edge_width(None if problem.varlen else problem.queries, block)
     _dkv[(units * tiles,)](

@@ -130,7 +130,7 @@ def _run(problem: Problem) -> tuple[Tensor, Tensor]:
     lse = torch.empty(problem.lines, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    launch = choose("attention", kind, {name: table[0] for name, table in LAUNCHES.items()}, q.device)
+    launch = choose("attention", kind, {name: table[0] for name, table in LAUNCHES.items()}, q, *problem.own)
     tensors = (q, problem.k, problem.v, out, lse, *problem.tensors(), *problem.sizes())
     numbers = (problem.scale, problem.dropout_p)
     options = problem.options(launch)

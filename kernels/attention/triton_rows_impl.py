@@ -52,6 +52,11 @@ class Problem:
         return self.keys if self.rows is None and not self.causal else None
 
     @property
+    def own(self) -> tuple[int, ...]:
+        """The sizes that a tuned launch is for: the head width, and lengths in which no other row has a say."""
+        return (self.q.shape[-1], *((self.queries, self.keys) if self.rows is None else ()))
+
+    @property
     def heads(self) -> int:
         return self.q.shape[-2]
 

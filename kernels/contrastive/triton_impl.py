@@ -227,7 +227,7 @@ def _negatives(
 
 def _launch(kind: str, rows: Tensor) -> Launch:
     kind += "-float32" if rows.dtype == torch.float32 and kind != "negatives" else ""
-    return choose("contrastive", kind, {k: v[0] for k, v in LAUNCHES.items()}, rows.device)
+    return choose("contrastive", kind, {k: v[0] for k, v in LAUNCHES.items()}, rows, rows.shape[1])
 
 
 def _options(launch: Launch, width: int) -> dict[str, int]:

@@ -218,7 +218,7 @@ def launch_for(op: str, tables: dict[str, tuple[Launch, ...]], q: Tensor) -> Lau
     """By the dtype, the queries of a row and the head width: nothing that other rows decide."""
     many = "narrow" if q.shape[3] == 32 else "many"
     kind = "float32" if q.dtype == torch.float32 else "few" if q.shape[1] <= FEW else many
-    return choose(op, kind, {k: v[0] for k, v in tables.items()}, q.device)
+    return choose(op, kind, {k: v[0] for k, v in tables.items()}, q, q.shape[3])
 
 
 def split(keys: int, launch: Launch) -> tuple[int, int]:

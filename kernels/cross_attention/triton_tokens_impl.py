@@ -144,7 +144,7 @@ class Absorbed(NamedTuple):
 def launch_for(op: str, tables: dict[str, tuple[Launch, ...]], q: Tensor) -> Launch:
     """By the dtype and the lines of a row: nothing that other rows decide."""
     kind = "float32" if q.dtype == torch.float32 else "few" if q.shape[1] * q.shape[2] <= FEW else "many"
-    return choose(op, kind, {k: v[0] for k, v in tables.items()}, q.device)
+    return choose(op, kind, {k: v[0] for k, v in tables.items()}, q, q.shape[3])
 
 
 def options_of(launch: Launch) -> dict[str, int]:

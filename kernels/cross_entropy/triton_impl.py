@@ -115,9 +115,9 @@ def _dlogits(
     tl.store(at, p.to(dz.dtype.element_ty), mask=live[:, None] & (word < V)[None, :])
 
 
-def _launch(rows: Tensor) -> Launch:
+def _launch(rows: Tensor, weight: Tensor) -> Launch:
     kind = "float32" if rows.dtype == torch.float32 else "few" if len(rows) <= 64 else "many"
-    return choose("linear_cross_entropy", kind, {k: v[0] for k, v in LAUNCHES.items()}, rows.device)
+    return choose("linear_cross_entropy", kind, {k: v[0] for k, v in LAUNCHES.items()}, rows, *weight.shape)
 
 
 def _grid(launch: Launch, rows: int, words: int) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def forward(
     out = torch.zeros(2, len(labels), dtype=torch.float32, device=hidden.device)
     if not count:
         return out[0], out[1].clone()
-    launch = _launch(rows)
+    launch = _launch(rows, weight)
     grid = _grid(launch, count, vocabulary)
     partial = torch.empty(grid[1], 4, count, dtype=torch.float32, device=hidden.device)
     _forward[grid](
@@ -168,7 +168,7 @@ def backward(
     size = max(1, PART // len(weight))
     for at in valid.split(size) if len(valid) else ():
         rows = hidden[at].contiguous()
-        launch = _launch(rows)
+        launch = _launch(rows, weight)
         dz = torch.empty(len(rows), len(weight), dtype=hidden.dtype, device=hidden.device)
         _dlogits[_grid(launch, len(rows), len(weight))](
             *(rows, weight, rows if bias is None else bias.contiguous(), labels[at], lse[at], dloss[at].float(), dz),

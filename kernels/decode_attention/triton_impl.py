@@ -138,7 +138,7 @@ def _run(
     if not out.numel():
         return out
     kind = "long" if k_cache.shape[1] > LONG else "short"
-    launch = choose("decode_attention", kind, {k: v[0] for k, v in LAUNCHES.items()}, q.device)
+    launch = choose("decode_attention", kind, {k: v[0] for k, v in LAUNCHES.items()}, q, width, k_cache.shape[1])
     _decode[(rows, heads)](
         *(q, k, v, k_cache, v_cache, slots.contiguous(), ends.contiguous(), out, scale * LOG2E, heads),
         *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]),

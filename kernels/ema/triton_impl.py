@@ -80,7 +80,7 @@ def _planned(averages: list[Tensor], values: list[Tensor], block: int) -> list[_
 
 
 def update(first: Tensor, averages: list[Tensor], values: list[Tensor], momentum: float) -> None:
-    launch = choose("ema", "any", {k: v[0] for k, v in LAUNCHES.items()}, first.device)
+    launch = choose("ema", "any", {k: v[0] for k, v in LAUNCHES.items()}, values[0])
     for plan in _planned(averages, values, launch.blocks["BLOCK"]):
         _update[(len(plan.chunks),)](
             *(plan.table, plan.chunks, first, plan.like, 1 - momentum),

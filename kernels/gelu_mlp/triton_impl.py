@@ -93,8 +93,8 @@ def _backward(
     tl.store(partial + tl.program_id(1).to(tl.int64) * F + column, total, mask=column < F)
 
 
-def _launch(kind: str, device: torch.device) -> tuple[Launch, dict[str, int]]:
-    launch = choose("gelu_mlp", kind, {k: v[0] for k, v in LAUNCHES.items()}, device)
+def _launch(kind: str, x: Tensor, inner: int) -> tuple[Launch, dict[str, int]]:
+    launch = choose("gelu_mlp", kind, {k: v[0] for k, v in LAUNCHES.items()}, x, x.shape[-1], inner)
     return launch, {**launch.blocks, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
 
@@ -105,7 +105,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, panels: 
     pre = torch.empty_like(y) if keep else x.new_empty(0)
     if len(rows):
         w = dense_rows(weight.to(x.dtype))
-        launch, options = _launch("forward-float32" if x.dtype == torch.float32 else "forward", x.device)
+        launch, options = _launch("forward-float32" if x.dtype == torch.float32 else "forward", x, inner)
         blocks = launch.blocks
         _forward[(triton.cdiv(len(rows), blocks["BM"]) * triton.cdiv(inner, blocks["BN"]),)](
             *(rows, w, rows if bias is None else bias.contiguous(), y, pre),
@@ -121,13 +121,13 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor
     dz = torch.empty(len(rows), inner, dtype=x.dtype, device=x.device)
     dbias = torch.zeros(inner, dtype=x.dtype, device=x.device)
     if len(rows):
-        launch, options = _launch("backward", x.device)
+        launch, options = _launch("backward", x, inner)
         parts = min(launch.blocks["PARTS"], triton.cdiv(len(rows), launch.blocks["BM"]))
         partial = torch.empty(parts, inner, dtype=torch.float32, device=x.device)
         _backward[(triton.cdiv(inner, launch.blocks["BN"]), parts)](
             gradient, pre.contiguous(), dz, partial, len(rows), inner, gradient.stride(0), **options
         )
-        launch, options = _launch("sum", x.device)
+        launch, options = _launch("sum", x, inner)
         grid = (triton.cdiv(inner, launch.blocks["BC"]), 1)
         sum_parts[grid](partial, dbias, dbias, parts, inner, OUTPUTS=1, **options)
     dx = (dz @ weight.to(x.dtype)).view(x.shape)

@@ -77,15 +77,15 @@ def _reorder(
             tl.store(in_v, tl.load(other, mask=inside), mask=inside)
 
 
-def _launch(kind: str, device: torch.device) -> Launch:
-    return choose(f"kv_{kind}", kind, {k: v[0] for k, v in LAUNCHES.items()}, device)
+def _launch(kind: str, cache: Tensor) -> Launch:
+    return choose(f"kv_{kind}", kind, {k: v[0] for k, v in LAUNCHES.items()}, cache, *cache.shape[2:])
 
 
 def append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
     rows, heads, width = k.shape
     if not k.numel():
         return
-    launch = _launch("append", k.device)
+    launch = _launch("append", k_cache)
     _append[(rows, triton.cdiv(heads * width, launch.blocks["BLOCK"]))](
         *(k_cache, v_cache, k, v, slots.contiguous(), positions.contiguous(), *k_cache.shape[:2]),
         *(*k_cache.stride(), *v_cache.stride(), *k.stride(), *v.stride()),
@@ -97,7 +97,7 @@ def reorder(k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) ->
     rows, (_, length, heads, width) = len(source), k_cache.shape
     if not rows or not k_cache.numel():
         return
-    launch = _launch("reorder", k_cache.device)
+    launch = _launch("reorder", k_cache)
     buffer = torch.empty(2, rows, length * heads * width, dtype=k_cache.dtype, device=k_cache.device)
     for gather in (True, False):
         _reorder[(rows, triton.cdiv(length * heads * width, launch.blocks["BLOCK"]))](

@@ -128,9 +128,10 @@ def _backward(
     tl.store(at + C, dbias, mask=inside)
 
 
-def _launch(part: str, width: int, device: torch.device) -> tuple[Launch, dict[str, int]]:
+def _launch(part: str, x: Tensor) -> tuple[Launch, dict[str, int]]:
+    width = x.shape[-1]
     kind = part if width <= NARROW or part == "sum" else f"{part}-wide"
-    launch = choose("layer_norm", kind, {k: v[0] for k, v in LAUNCHES.items()}, device)
+    launch = choose("layer_norm", kind, {k: v[0] for k, v in LAUNCHES.items()}, x, width)
     return launch, {**launch.blocks, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
 
@@ -159,7 +160,7 @@ def _run(
     if not len(rows):
         return out
     other = rows if residual is None else dense_rows(residual)
-    launch, options = _launch("forward", width, x.device)
+    launch, options = _launch("forward", x)
     where, p, kept = _chance(dropout_p, seed, rows)
     _forward[(triton.cdiv(len(rows), launch.blocks["ROWS"]),)](
         *(rows, other, weight.contiguous(), bias.contiguous(), where),
@@ -182,7 +183,7 @@ def _run_backward(
     dweight, dbias = (torch.zeros(width, dtype=weight.dtype, device=x.device) for _ in range(2))
     if not len(rows):
         return dx, dresidual, dweight, dbias
-    launch, options = _launch("backward", width, x.device)
+    launch, options = _launch("backward", x)
     gradient = dense_rows(dy)
     other = gradient if dsummed is None else dense_rows(dsummed)
     count = min(launch.blocks["PROGRAMS"], triton.cdiv(len(rows), launch.blocks["ROWS"]))
@@ -193,7 +194,7 @@ def _run_backward(
         *(dx, dresidual, partial, len(rows), width, gradient.stride(0), other.stride(0), rows.stride(0), p, kept),
         ADD=dsummed is not None, DROPOUT=dropout_p > 0, CP=triton.next_power_of_2(width), **options,
     )  # fmt: skip
-    launch, options = _launch("sum", width, x.device)
+    launch, options = _launch("sum", x)
     sum_parts[(triton.cdiv(width, launch.blocks["BC"]), 2)](partial, dweight, dbias, count, width, OUTPUTS=2, **options)
     return dx, dresidual, dweight, dbias
 

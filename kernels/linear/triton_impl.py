@@ -58,7 +58,7 @@ def into(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None, 
     (_, outer_stride), (count, row_stride) = dense_dims(out, 0, leading, 2)
     (_, far_stride), (pieces, near_stride), (dense, _) = dense_dims(out, leading, out.dim(), 3)
     kind = "into-float32" if x.dtype == torch.float32 else "into"
-    launch = choose("linear_into", kind, {k: v[0] for k, v in LAUNCHES.items()}, x.device)
+    launch = choose("linear_into", kind, {k: v[0] for k, v in LAUNCHES.items()}, x, *weight.shape)
     blocks = launch.blocks
     _into[(triton.cdiv(len(rows), blocks["BM"]) * triton.cdiv(outputs, blocks["BN"]),)](
         *(rows, w, rows if bias is None else bias.contiguous(), out, len(rows), outputs, rows.shape[1]),

@@ -128,7 +128,8 @@ def _run(
     indices, lse = torch.empty_like(values, dtype=torch.int64), values.new_empty(rows)
     if not rows:
         return values, indices, lse
-    launch = choose("linear_top_k", kind, {name: launches[0] for name, launches in LAUNCHES.items()}, x.device)
+    defaults = {name: launches[0] for name, launches in LAUNCHES.items()}
+    launch = choose("linear_top_k", kind, defaults, x, num_words, width)
     tiles = triton.cdiv(num_words, launch.blocks["BN"])
     best = values.new_empty(rows, tiles, k)
     words, stats = torch.empty_like(best, dtype=torch.int32), values.new_empty(2, rows, tiles)

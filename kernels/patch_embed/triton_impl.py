@@ -130,7 +130,7 @@ def _launch(part: str, weight: Tensor) -> tuple[Launch, dict[str, int]]:
     """Patches off 16 pixels have no pieces of 16 bytes: their loads take registers that large tiles do not have."""
     kind = "float32" if weight.dtype == torch.float32 else "odd" if weight.shape[-1] % 16 else ""
     name = f"{part}-{kind}" if kind and part != "sum" else part
-    launch = choose("patch_embed", name, {k: v[0] for k, v in LAUNCHES.items()}, weight.device)
+    launch = choose("patch_embed", name, {k: v[0] for k, v in LAUNCHES.items()}, weight, *weight.shape)
     return launch, {**launch.blocks, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
 

@@ -80,7 +80,7 @@ def backward(dy: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, colum
     if not dx.numel():
         return dx
     kind = f"{'float32-' if dy.dtype == torch.float32 else ''}int{4 if group else 8}"
-    launch = launch_for("quant_linear_backward", kind, LAUNCHES, dy.device)
+    launch = launch_for("quant_linear_backward", kind, LAUNCHES, dy, len(data), columns)
     num_groups = -(-columns // group) if group else 0
     blocks = {**launch.blocks, "BK": group // 2} if group else dict(launch.blocks)
     grid = (triton.cdiv(len(rows), blocks["BM"]), num_groups or triton.cdiv(columns, blocks["BK"]))

@@ -197,8 +197,10 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def launch_for(op: str, kind: str, table: dict[str, tuple[Launch, ...]], device: torch.device) -> Launch:
-    return choose(op, kind, {name: launches[0] for name, launches in table.items()}, device)
+def launch_for(
+    op: str, kind: str, table: dict[str, tuple[Launch, ...]], like: Tensor, *own: int | torch.dtype
+) -> Launch:
+    return choose(op, kind, {name: launches[0] for name, launches in table.items()}, like, *own)
 
 
 def _blocks(launch: Launch, half: int) -> dict[str, int]:
@@ -222,7 +224,7 @@ def forward(
         return y
     few = len(rows) <= FEW
     form = "float32" if x.dtype == torch.float32 else "few" if few else "many"
-    launch = launch_for("quant_linear", f"{form}-int{4 if group else 8}", LAUNCHES, x.device)
+    launch = launch_for("quant_linear", f"{form}-int{4 if group else 8}", LAUNCHES, x, num_outputs, columns)
     grid = (triton.cdiv(len(rows), launch.blocks["BM"]), triton.cdiv(num_outputs, launch.blocks["BN"]))
     kernel = _few if form == "few" else _many
     kernel[grid](
@@ -240,7 +242,7 @@ def embedding(
     y = scale.new_empty(*ids.shape, columns, dtype=dtype)
     if not y.numel():
         return y
-    launch = launch_for("quant_embedding", "embedding", LAUNCHES, scale.device)
+    launch = launch_for("quant_embedding", "embedding", LAUNCHES, scale, columns, dtype)
     grid = (ids.numel(), triton.cdiv(data.shape[1], launch.blocks["BLOCK"]))
     _embedding[grid](
         *(scale, data, data if zero is None else zero, ids.contiguous(), y, len(data), columns),

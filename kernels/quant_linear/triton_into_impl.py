@@ -76,7 +76,7 @@ def into(
     codes, steps = _quantised(rows, int8)
     (_, outer_stride), (count, row_stride) = dense_dims(out, 0, leading, 2)
     (_, far_stride), (pieces, near_stride), (dense, _) = dense_dims(out, leading, out.dim(), 3)
-    launch = launch_for("quant_linear_into", "into", LAUNCHES, x.device)
+    launch = launch_for("quant_linear_into", "into", LAUNCHES, x, outputs, data.shape[1])
     blocks = launch.blocks
     _into[(triton.cdiv(len(rows), blocks["BM"]) * triton.cdiv(outputs, blocks["BN"]),)](
         *(codes, steps, data, scale, scale if bias is None else bias.contiguous(), out, len(rows), outputs),

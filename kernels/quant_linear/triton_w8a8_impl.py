@@ -172,7 +172,7 @@ def _quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     steps = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if len(x):
-        launch = launch_for("quant_linear_w8a8", "quantise", LAUNCHES, x.device)
+        launch = launch_for("quant_linear_w8a8", "quantise", LAUNCHES, x, x.shape[1], dtype)
         _quantise[(len(x),)](
             x, codes, steps, x.shape[1], x.stride(0), UNSIGNED=dtype == torch.uint8, FP8=dtype == FLOAT8,
             **launch.blocks, num_warps=launch.num_warps,
@@ -193,7 +193,7 @@ def _multiply(
     """Into y (M, N), of codes (M, K) of any kind."""
     count, num_outputs = y.shape
     tiles = triton.cdiv(count, 128) * triton.cdiv(num_outputs, 128)
-    launch = launch_for("quant_linear_w8a8", "many" if tiles >= FULL else "some", LAUNCHES, y.device)
+    launch = launch_for("quant_linear_w8a8", "many" if tiles >= FULL else "some", LAUNCHES, y, *data.shape, codes.dtype)
     _product[(triton.cdiv(count, launch.blocks["BM"]), triton.cdiv(num_outputs, launch.blocks["BN"]))](
         *(codes, steps, data, scale, scale if bias is None else bias.contiguous(), y if residual is None else residual),
         *(y, count, num_outputs, data.shape[1]),
@@ -212,7 +212,7 @@ def dynamic(
     if len(rows) > FEW:
         _multiply(*_quantised(rows, data.dtype), data, scale, bias, None, False, y.view(-1, num_outputs))
         return y
-    launch = launch_for("quant_linear_w8a8", "few", LAUNCHES, x.device)
+    launch = launch_for("quant_linear_w8a8", "few", LAUNCHES, x, *data.shape, data.dtype)
     _few[(triton.cdiv(len(rows), launch.blocks["BM"]), triton.cdiv(num_outputs, launch.blocks["BN"]))](
         *(rows, data, scale, scale if bias is None else bias.contiguous(), y),
         *(len(rows), num_outputs, data.shape[1], rows.stride(0)),

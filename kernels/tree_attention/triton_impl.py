@@ -67,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, ancestors: Tensor, scale: float) ->
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    launch = choose("tree_attention", "tree", {kind: table[0] for kind, table in LAUNCHES.items()}, q.device)
+    launch = choose("tree_attention", "tree", {kind: table[0] for kind, table in LAUNCHES.items()}, q, width)
     _tree[(nodes, heads)](
         *(q, k, v, ancestors.contiguous(), out, scale * LOG2E, heads, ancestors.shape[1]),
         *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),

@@ -12,6 +12,7 @@ Knows flags, what is printed and which files are written; does not know how anyt
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,11 @@ class KernelArgs:
     """0: as PyTorch decides."""
     minutes: float = 0.0
     """No case begins after this time. 0: all are measured."""
+    stall: float = 0.0
+    """Seconds of one case beyond which it hangs and the process is ended (exit code 75). 0: it is waited for."""
+    go_on: tuple[Path, ...] = ()
+    """Files kernels-<device>.jsonl of earlier runs on this machine, that of --out among them: what they have measured
+    stays, and what ended one of them is not measured again. One that is not there says nothing."""
     plots: bool = True
     """Draw what --out holds (needs matplotlib)."""
     json: bool = False
@@ -101,7 +107,7 @@ class AnswerArgs:
     work: Path | None = None
     """Folder of what peers were converted to; default miss-engine/peers in the user's cache."""
     out: Path = Path("benchmarks/results")
-    """For answer-<setting>.json, answer.md and plots."""
+    """For answer-<setting>.json and answer.md, written after each group of peers, and plots."""
     plots: bool = True
     """Draw them (needs matplotlib)."""
     json: bool = False
@@ -137,6 +143,8 @@ def merge(args: MergeArgs) -> int:
         return 0
     print(found.page)
     print(f"{found.records} records added to the {found.kept} that were there; written: {', '.join(found.written)}")
+    if found.stale:
+        print(f"{found.stale} records are of other launches than are tuned now: gpu_suite.sh --parts evidence --again")
     return 0
 
 
@@ -201,7 +209,11 @@ def answer(args: AnswerArgs) -> int:
         args.threads,
         args.device,
     )
-    found = list(bench_answer.run(options, say))
+    so_far: dict[str, dict[str, Any]] = {}
+    for result in bench_answer.run(options, say):
+        so_far[result["setting"]["label"]] = result
+        answer_report.write(args.out, [result])
+    found = list(so_far.values())
     answer_report.with_groups(found)
     everything = answer_report.write(args.out, found)
     if args.plots:
@@ -216,7 +228,7 @@ def answer(args: AnswerArgs) -> int:
 
 
 def kernels(args: KernelArgs) -> int:
-    from miss.benchmarks import record, report, suite
+    from miss.benchmarks import going_on, record, report, suite
     from miss.benchmarks.cases import Cache, Case, Result, Settings
     from miss.benchmarks.ceilings import Ceilings
 
@@ -230,33 +242,52 @@ def kernels(args: KernelArgs) -> int:
         raise ValueError("none of these operations has a case of these shapes and dtypes")
     say: Callable[[str], None] = (lambda text: None) if args.json else print
     environment = {**record.environment(device), "before": record.moment()}
+    before = record.earlier(args.go_on, [case for case, _ in cases], environment)
     say(report.environment(environment))
     ceilings = Ceilings(device)
     first = ceilings.record()
     say(f"{report.ceilings(first)}\n\n{report.heading()}")
-    settings = Settings(device, args.repeats, time.time() + 60 * args.minutes if args.minutes else math.inf)
+    deadline = time.time() + 60 * args.minutes if args.minutes else math.inf
+    settings = Settings(device, args.repeats, deadline, args.stall or math.inf)
     path = None if args.out is None else args.out / f"kernels-{device.type}.jsonl"
 
-    def show(case: Case, cache: Cache, one: Result, total: Result) -> None:
-        say(report.block(case, cache, one))
+    def keep(total: Result) -> None:
         if path is not None:
             record.write(path, record.summary(environment, first, total))
 
-    result = suite.run(cases, settings, ceilings, _progress(args.json), show)
+    def show(case: Case, cache: Cache, one: Result, total: Result) -> None:
+        say(report.block(case, cache, one))
+        keep(total)
+
+    usual = signal.signal(signal.SIGTERM, _terminated)  # what it was at is then cut off, and has not died
+    try:
+        result = suite.run(cases, settings, ceilings, _progress(args.json), show, before, keep)
+    finally:
+        signal.signal(signal.SIGTERM, usual)
     environment["after"] = record.moment()
-    found = {**first, "after": ceilings.record()}
-    say(report.ceilings(found["after"]))
+    found = {**first, **({} if result.lost else {"after": ceilings.record()})}
+    if not result.lost:
+        say(report.ceilings(found["after"]))
     run = record.summary(environment, found, result)
     if path is not None:
         record.write(path, run)
         say(f"written: {path}" + (f" and {_draw(path.parent, run)} plots beside it" if args.plots else ""))
     print(json.dumps(run))
+    if result.lost:
+        print(f"the device is lost: {result.refused[-1]['reason']}; --go-on measures the rest", file=sys.stderr)
+        return going_on.AGAIN
     return 1 if any(refused["ours"] for refused in result.refused) else 0
+
+
+def _terminated(*_: Any) -> None:
+    raise SystemExit(143)
 
 
 def _device(args: KernelArgs) -> torch.device:
     if args.repeats < 1 or args.threads < 0:
         raise ValueError(f"--repeats {args.repeats} --threads {args.threads}: wanted at least 1 and 0")
+    if args.stall < 0:
+        raise ValueError(f"--stall {args.stall:g}: wanted seconds, or 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this PyTorch finds no CUDA device")
     if args.threads:

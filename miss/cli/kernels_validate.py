@@ -22,10 +22,15 @@ import torch
 from miss.cli.calls import Shapes, calls, variants
 from miss.kernels import evidence, registry
 from miss.kernels.evidence import Record
-from miss.kernels.validation import QUICK, Call, Pace, blank, gather, measure, ours
+from miss.kernels.validation import QUICK, Call, Pace, blank, blank_call, gather, measure, ours, sound
 from miss.models.config import MissConfig, did_you_mean
 
-_STALL = 180.0  # seconds without a word beyond which a measurement hangs: a first compilation takes up to a minute
+# Seconds without a word beyond which a measurement hangs: a third of the time, so that what hangs is found, recorded
+# and left behind within the run that meets it; a first compilation takes most of a minute where cores are few.
+_LEAST_STALL, _MOST_STALL = 30.0, 120.0
+_STARTING = 90.0  # seconds until the first word: a process imports PyTorch and opens the device
+_GRACE = 0.05  # of the time: what is measured when it is over may end
+_KILLED = 10.0  # seconds until a killed process is gone, or is left to itself
 _BATCHES = (8, 1, 32, 2, 4, 16, 64)  # the most common first, as time may end
 
 
@@ -68,6 +73,7 @@ class Plan:
     device: str
     pace: Pace
     deadline: float  # of time.time()
+    grace: float = 0.0  # seconds that what was begun before it may take beyond it
 
 
 @dataclass
@@ -92,7 +98,8 @@ def validate(args: ValidateArgs) -> int:
     if device.type == "cuda" and path is None:
         raise ValueError("there is no home folder to write to; name a file with --out, or in $MISS_EVIDENCE")
     known = [] if path is None else evidence.read(path)  # an unreadable one ends it here, not after ten minutes
-    done = set() if args.again else {(*r.key, r.sources) for r in known}
+    # What was tuned since is measured anew: another launch is another kernel.
+    done = set() if args.again else {(*r.key, r.sources) for r in known if evidence.current(r)}
     found = Found()
 
     def report(text: str) -> None:
@@ -100,13 +107,18 @@ def validate(args: ValidateArgs) -> int:
             print(text, flush=True)
 
     report(f"measuring {', '.join(plan.names)} on {_hardware(device)}, at most {args.minutes:g} minutes")
-    for record in measured(plan, done, found, work, _STALL):
+    for record in measured(plan, done, found, work, _stall(args.minutes)):
         if path is not None:
             evidence.write(path, [record])
         found.records.append(record)
         report(_line(record))
     _finish(args, path, found)
     return 0
+
+
+def _stall(minutes: float) -> float:
+    seconds = 60 * minutes
+    return min(_MOST_STALL, max(_LEAST_STALL, seconds / 3), max(1.0, seconds / 2))
 
 
 def _hardware(device: torch.device) -> str:
@@ -146,6 +158,7 @@ def _plan(args: ValidateArgs, device: torch.device) -> Plan:
         device=str(device),
         pace=QUICK if args.quick else Pace(),
         deadline=time.time() + 60 * args.minutes,
+        grace=60 * args.minutes * _GRACE,
     )
 
 
@@ -159,63 +172,105 @@ Worker = Callable[[Connection, Plan, frozenset[tuple[str, ...]]], None]
 
 def measured(plan: Plan, done: set[tuple[str, ...]], found: Found, worker: Worker, stall: float) -> Iterator[Record]:
     """The records of one measuring process after another, until all is measured or the time is over. One that says
-    nothing for `stall` seconds is ended, and what it was at is recorded as failed."""
+    nothing for `stall` seconds is ended, and what it was at is recorded as hung; what it was at when it died or lost
+    its device is recorded as failed. The next process goes on behind it.
+
+    Raises:
+        OSError: a process ended, or lost its device, and what it was at is not known: the next would do the same.
+    """
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
     while True:
         here, there = context.Pipe()
         process = context.Process(target=worker, args=(there, plan, frozenset(done)), daemon=True)
         process.start()
         there.close()
-        begun: Record | None = None
-        ended: str | None = None
+        turn = _Turn(plan, here, stall, found)
+        before = len(done)
         try:
-            while ended is None and (message := _next(here, stall)) is not None:
-                kind, value = message
-                begun = value if kind == "begin" else None
-                if kind == "skip":
-                    found.skipped.append(value)
-                elif kind == "end":
-                    ended = value
-                elif kind == "done":
-                    done.add((*value.key, value.sources))
-                    yield value
+            for record in turn.records():
+                done.add((*record.key, record.sources))
+                yield record
         finally:
-            process.join(timeout=5.0 if ended else 0.0)
+            process.join(timeout=5.0 if turn.ended else 0.0)
             process.kill()
-            process.join()
+            process.join(_KILLED)
             here.close()
-        if begun is not None:
-            done.add((*begun.key, begun.sources))
-            yield dataclasses.replace(begun, failure=f"its process hung or died (exit code {process.exitcode})")
-        elif ended is None:
-            raise OSError(f"the measuring process hung or died between two measurements (code {process.exitcode})")
-        elif ended != "again":
-            found.complete = ended == "complete"
+        if turn.late:
             return
+        if turn.begun is not None:
+            why = f"hung: nothing was said for {stall:.0f} s" if turn.hung else f"died (exit code {process.exitcode})"
+            done.add((*turn.begun.key, turn.begun.sources))
+            yield dataclasses.replace(turn.begun, failure=f"its process {why}")
+        elif turn.ended is None:
+            raise OSError(f"the measuring process hung or died between two measurements (code {process.exitcode})")
+        elif turn.ended != "again":
+            found.complete = turn.ended == "complete"
+            return
+        elif len(done) == before:
+            raise OSError("the measuring process lost its device, and nothing can be said of what it was at")
 
 
-def _next(here: Connection, stall: float) -> tuple[str, Any] | None:
-    """The next message; None where the process has ended, or says nothing for too long."""
-    try:
-        return here.recv() if here.poll(stall) else None
-    except (EOFError, ConnectionResetError):
+class _Turn:
+    """What one measuring process says, until it ends, hangs, or the time is over."""
+
+    def __init__(self, plan: Plan, here: Connection, stall: float, found: Found) -> None:
+        self.plan, self.here, self.stall, self.found = plan, here, stall, found
+        self.begun: Record | None = None  # what it is at
+        self.ended: str | None = None  # its last word
+        self.hung = self.late = False
+
+    def records(self) -> Iterator[Record]:
+        patience = max(self.stall, _STARTING)
+        while self.ended is None and (message := self._next(patience)) is not None:
+            patience = self.stall
+            kind, value = message
+            at, self.begun = self.begun, value if kind in ("call", "begin") else None
+            if kind == "skip":
+                self.found.skipped.append(value)
+            elif kind == "end":
+                self.ended = value
+            elif kind == "lost" and at is not None:
+                yield dataclasses.replace(at, failure=f"the device was lost with it: {value}")
+            elif kind == "done":
+                yield value
+
+    def _next(self, patience: float) -> tuple[str, Any] | None:
+        """The next message; None where the process has ended, says nothing for too long, or the time is over."""
+        left = self.plan.deadline + self.plan.grace - time.time()
+        try:
+            if self.here.poll(max(0.0, min(patience, left))):
+                found: tuple[str, Any] = self.here.recv()
+                return found
+        except (EOFError, ConnectionResetError):
+            return None
+        self.late = left < patience  # it had less than what shows that it hangs: the next run begins with it
+        self.hung = not self.late
         return None
 
 
 def work(there: Connection, plan: Plan, done: frozenset[tuple[str, ...]]) -> None:
-    """The measuring process. Says ("begin", blank record) before a measurement and ("done", record) or ("skip", why)
-    after it; last ("end", "complete"), "over" where the time is, or "again" where this process can go on no more."""
+    """The measuring process. Says ("call", blank record) before a public function is called, ("begin", blank record)
+    before a measurement and ("done", record), ("skip", why) or ("lost", why) after it; last ("end", "complete"),
+    "over" where the time is, or "again" where this process can go on no more."""
     registry.load_all()
     torch.manual_seed(0)
-    seen = set(done)
-    for name, call in _calls(plan):
+    seen, device = set(done), torch.device(plan.device)
+    for name, label, call in _calls(plan):
+        whole = blank_call(registry.OPS[name], label, device)
+        if (*whole.key, whole.sources) in seen:
+            continue
+        if time.time() > plan.deadline:
+            there.send(("end", "over"))
+            return
+        there.send(("call", whole))
         try:
             found = gather(call)
         except Exception as error:  # the rows that run by themselves do not: most often memory
-            there.send(("skip", f"{name}: {_one_line(error)}"))
+            if not _went_on(there, device, f"{name}, {label}", error):
+                return
             continue
         for one in found:
-            for impl in ours(one.op, torch.device(plan.device)):
+            for impl in ours(one.op, device):
                 if time.time() > plan.deadline:
                     there.send(("end", "over"))
                     return
@@ -225,36 +280,42 @@ def work(there: Connection, plan: Plan, done: frozenset[tuple[str, ...]]) -> Non
                     continue
                 seen.add(key)
                 there.send(("begin", record))
-                there.send(_outcome(one, impl, plan.pace))
-                if not _sound(plan.device):
-                    there.send(("end", "again"))
+                if not _said(there, one, impl, plan):
                     return
     there.send(("end", "complete"))
 
 
-def _outcome(call: Call, impl: registry.Impl, pace: Pace) -> tuple[str, Any]:
+def _said(there: Connection, call: Call, impl: registry.Impl, plan: Plan) -> bool:
+    """Measures and says what came of it; whether the process can go on."""
+    device = torch.device(plan.device)
     try:
-        return "done", measure(call, impl, pace)
+        record = measure(call, impl, plan.pace)
     except Exception as error:  # of the reference or the other rows, or no memory: it says nothing of this one
-        return "skip", f"{call.op.name} {impl.name} {call.shape_class}: {_one_line(error)}"
+        return _went_on(there, device, f"{call.op.name} {impl.name} {call.shape_class}", error)
+    there.send(("done", record))
+    if sound(device):
+        return True
+    there.send(("end", "again"))
+    return False
+
+
+def _went_on(there: Connection, device: torch.device, what: str, error: Exception) -> bool:
+    """Says what failed; whether the process can go on: a device that was lost with it ends the process."""
+    if sound(device):
+        there.send(("skip", f"{what}: {_one_line(error)}"))
+        return True
+    there.send(("lost", _one_line(error)))
+    there.send(("end", "again"))
+    return False
 
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _sound(device: str) -> bool:
-    """Whether the process can still use its device: an illegal access ends that."""
-    try:
-        if device != "cpu":
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _calls(plan: Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What is measured, the most valuable first: as many questions as images, then many over one image."""
+def _calls(plan: Plan) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """What is measured (operation, which call of it, the call), the most valuable first: as many questions as images,
+    then many over one image."""
     for dtype in plan.dtypes:
         for preset in plan.presets:
             config = MissConfig.preset(preset)
@@ -264,5 +325,7 @@ def _calls(plan: Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
                 shapes = Shapes(config, getattr(torch, dtype), where, images, rows, laid_out=where.type == "cpu")
                 table, more = calls(shapes), variants(shapes)
                 for name in plan.names:
-                    label = f"{name}, {preset}, {dtype}, {images} images, {rows} questions"
-                    yield from ((label, call) for call in (table.get(name), *more.get(name, ())) if call is not None)
+                    label = f"{preset}, {dtype}, {images} images, {rows} questions"
+                    for form, call in enumerate((table.get(name), *more.get(name, ()))):
+                        if call is not None:
+                            yield name, f"{label}, form {form}", call

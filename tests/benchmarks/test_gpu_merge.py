@@ -19,6 +19,7 @@ RECORD = Record(
     architecture="sm_90",
     shape_class="bfloat16[4]",
     sources="0" * 16,
+    launches={},
     correct=True,
     error=0.001,
     plain_error=0.001,
@@ -104,20 +105,34 @@ def test_results_of_other_sources_are_refused_unless_it_is_said_and_then_replace
 def test_what_was_tuned_is_added_place_by_place_and_not_from_other_sources(tmp_path, root):
     def tuned(name, kind, num_warps, **head):
         folder = results(tmp_path / name, root, **head)
-        table = {"attention": {kind: {"blocks": {"BM": 64}, "num_warps": num_warps, "num_stages": 2}}}
+        launch = {"blocks": {"BM": 64}, "num_warps": num_warps, "num_stages": 2}
+        table = {"attention": {"long": {kind: launch}}}
         (folder / "tuned.json").write_text(json.dumps({"gpu": "NVIDIA H200", "table": table}))
         return folder
 
     path = root / "kernels" / "tuned" / "NVIDIA_H200.json"
-    merging.merge(tuned("a", "long", 4), root)
-    merging.merge(tuned("b", "short", 8), root)
-    merging.merge(tuned("c", "long", 2, source="f" * 16), root, any_source=True)
-    assert {kind: x["num_warps"] for kind, x in json.loads(path.read_text())["attention"].items()} == {
-        "long": 4, "short": 8,
+    merging.merge(tuned("a", "bfloat16 64", 4), root)
+    merging.merge(tuned("b", "float16 64", 8), root)
+    merging.merge(tuned("c", "bfloat16 64", 2, source="f" * 16), root, any_source=True)
+    assert {shape: x["num_warps"] for shape, x in json.loads(path.read_text())["attention"]["long"].items()} == {
+        "bfloat16 64": 4, "float16 64": 8,
     }  # fmt: skip
-    (tmp_path / "a" / "tuned.json").write_text('{"gpu": "NVIDIA H200", "table": {"attention": {"long": {"warps": 4}}}}')
+    wrong = {"attention": {"long": {"bfloat16 64": {"warps": 4}}}}
+    (tmp_path / "a" / "tuned.json").write_text(json.dumps({"gpu": "NVIDIA H200", "table": wrong}))
     with pytest.raises(ValueError, match=r"tuned\.json"):
         merging.merge(tmp_path / "a", root)
+
+
+def test_records_of_other_launches_than_are_tuned_now_are_counted(tmp_path, root):
+    launch = {"blocks": {"BM": 64}, "num_warps": 8, "num_stages": 2}
+    old, new = (
+        dataclasses.replace(RECORD, op=f"toy{i}", launches={"toy/long/bfloat16 64": value})
+        for i, value in enumerate((None, launch))
+    )
+    folder = results(tmp_path / "run", root, found=[old, new])
+    table = {"toy": {"long": {"bfloat16 64": launch}}}
+    (folder / "tuned.json").write_text(json.dumps({"gpu": "NVIDIA H200", "table": table}))
+    assert merging.merge(folder, root).stale == 1
 
 
 def test_a_second_run_adds_and_one_of_another_key_lies_beside(tmp_path, root):
@@ -190,7 +205,8 @@ def test_the_best_peer_counts_and_a_library_in_a_table_is_a_peer():
 def test_answers_floors_and_memory_are_ratios_the_right_way_round():
     def answers(label, **ms):
         rows = {name.replace("_", "-"): {"ms": {"median": value}} for name, value in ms.items()}
-        return {label: {"rows": rows}}
+        ratios = {name: {"median": row["ms"]["median"] / ms["miss_bf16"]} for name, row in rows.items()}
+        return {label: {"rows": rows, "ratios": ratios}}
 
     found = answers("base-384px-b1-q1-t4", miss_bf16=1.0, hf_bf16=12.0) | answers("base-384px-b1-q64-t4", miss_bf16=4.0)
     memory = {"complete": True, "jobs": {"memory": {"result": {"contrastive": {"triton": 4, "torch": 100}}}}}

@@ -160,6 +160,32 @@ def test_a_driver_that_is_killed_midway_goes_on_where_it_was(tmp_path, how):
     assert found["parts"]["second"]["status"] == "done" and seen.read_text() == "x"
 
 
+def test_a_part_that_can_go_on_is_started_again_while_there_is_time(drive, tmp_path):
+    """As tuning asks for where its device is lost (exit code 75)."""
+    seen = tmp_path / "seen"
+    add = f"import pathlib, sys; path = pathlib.Path({str(seen)!r}); path.open('a').write('x')\n"
+    code, found, _ = drive(part("tune", add + "sys.exit(75 * (len(path.read_text()) < 3))"), part("next", GOOD))
+    assert code == 0 and seen.read_text() == "xxx" and found["parts"]["tune"]["status"] == "done"
+    slow = add + "import time; time.sleep(1.0); sys.exit(75)"
+    code, found, _ = drive(part("slow", slow), seconds=1.2)
+    assert code == 0 and found["parts"]["slow"]["status"] == "partial" and seen.read_text() == "xxxx"
+
+
+def test_what_a_part_had_written_when_the_driver_was_killed_is_gone_on_with(drive, tmp_path):
+    ready = tmp_path / "work" / "part.json"
+    code = f"import json, pathlib, sys; path = pathlib.Path({str(ready)!r}); n = json.loads(path.read_text())['n']\n"
+    code += "path.write_text(json.dumps({'n': n + 1}))"
+    assert drive(part("part", f"open({str(ready)!r}, 'w').write('{{\"n\": 1}}'); sys.exit(1)"))[0] == 1
+    ready.write_text('{"n": 5}')
+    path = tmp_path / "out" / state.NAME
+    for status, wanted in (("failed", 2), ("running", 6)):
+        content = json.loads(path.read_text())
+        content["parts"]["part"] |= {"status": status, "result": {"n": 1}}
+        path.write_text(json.dumps(content))
+        ready.write_text('{"n": 5}')
+        assert drive(part("part", code))[1]["parts"]["part"]["result"] == {"n": wanted}
+
+
 def test_an_earlier_runs_results_are_gone_on_from(drive, tmp_path):
     assert drive(part("one", GOOD), part("two", CRASH))[0] == 1
     (tmp_path / "out").rename(tmp_path / "home")
@@ -244,6 +270,9 @@ def test_the_parts_on_a_gpu_name_files_and_commands_that_exist(tmp_path):
         several, parallel = make(plan)
         assert parallel >= 1 and len({one.name for one in several}) == len(several)
         assert all(one.command(10.0)[:2] == [sys.executable, "-m"] for one in several)
+    assert all("--go-on" in one.resume for one in work.kernels(plan)[0] if one.name != "memory")
+    compiled = [one for one in work.answers(plan)[0] if any("compiled" in word for word in one.command(10.0))]
+    assert [one.name for one in compiled] == ["b1-compiled"] and "hf-bf16" not in compiled[0].command(10.0)
 
 
 # --- What travels
@@ -290,6 +319,25 @@ def test_rows_of_several_runs_are_one_file_and_half_a_line_is_dropped(tmp_path):
     found = [json.loads(line) for line in plan.kernels.read_text().splitlines()]
     assert found[0] == {"record": "environment"} and len(found) == 3
     assert next(line for line in found if line.get("shape") == "1")["median_ms"] == 2
+
+
+def test_answers_of_several_commands_are_one_result_and_half_a_file_is_dropped(tmp_path):
+    plan, label = plan_of(tmp_path), "base-384px-b1-q1-t4"
+
+    def result(**ms):
+        rows = {name.replace("_", "-"): {"ms": {"median": value}} for name, value in ms.items()}
+        return json.dumps({"setting": {"label": label}, "rows": rows, "ratios": dict.fromkeys(rows), "failed": {}})
+
+    files = {"b1": result(miss=1.0, hf=9.0), "b1-compiled": result(miss=1.1, hf_compiled=3.0), "b32": '{"setting":'}
+    for name, text in files.items():
+        (plan.work / "answers" / name).mkdir(parents=True)
+        (plan.work / "answers" / name / f"answer-{label}.json").write_text(text)
+    collect.pack_all(plan)
+    found = json.loads((plan.out / "answers.json").read_text())[label]
+    assert {name: row["ms"]["median"] for name, row in found["rows"].items()} == {
+        "miss": 1.0, "hf": 9.0, "hf-compiled": 3.0,
+    }  # fmt: skip
+    assert set(found["ratios"]) == set(found["rows"])
 
 
 def test_evidence_that_ran_out_of_time_is_gone_on_with(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from miss.benchmarks import answer_errors, answer_report, answer_rounds
+from miss.benchmarks import answer_errors, answer_models, answer_report, answer_rounds, bench_answer
 from miss.benchmarks.answer_models import QUESTION_TOKENS, Model, calibration_jobs, timed_job
 from miss.benchmarks.peers import catalogue, miss_engine
 from miss.benchmarks.peers.catalogue import ENTRIES, Entry
@@ -181,6 +181,36 @@ def test_the_command_prints_a_table_writes_files_and_ends_with_one_object(model,
     assert found["settings"][1]["rows"]["miss-bf16"]["grouped"]["allowed"] > 1
     assert len(answer_report.read(tmp_path / "out")) == 2
     assert any(line.startswith("| **miss-bf16** |") for line in lines)
+
+
+def test_what_compiles_for_minutes_is_alone_and_last():
+    names = ["hf-compiled-bf16", "hf-bf16", "hf-sdpa-bf16", "miss-torch-bf16"]
+    found = bench_answer.groups([ENTRIES[name] for name in names], 2)
+    assert [[entry.name for entry in group] for group in found] == [
+        ["hf-bf16", "hf-sdpa-bf16"], ["miss-torch-bf16"], ["hf-compiled-bf16"],
+    ]  # fmt: skip
+    assert bench_answer.groups([], 6) == [[]]
+
+
+def test_a_run_that_is_killed_in_a_later_group_has_written_the_earlier_ones(model, tmp_path, monkeypatch):
+    """A planted fault: nothing comes back from the second group."""
+    right, names = bench_answer._group, []
+
+    def planted(setting, options, model, file, entries, *rest):
+        names.append([entry.name for entry in entries])
+        if len(names) > 1:
+            raise KeyboardInterrupt
+        return right(setting, options, model, file, entries, *rest)
+
+    monkeypatch.setattr(bench_answer, "_group", planted)
+    monkeypatch.setattr(answer_models, "timed_model", lambda preset, size, work: model)
+    monkeypatch.setattr(bench_answer, "_converted", lambda *_: True)
+    flags = ["--preset", "small", "--precision", "bf16", "--rounds", "1", "--judged", "0", "--together", "1"]
+    flags += ["--tokens", "2", "--data", "/nowhere", "--threads", "1", "--no-plots"]
+    flags += ["--peers", "miss-nographs-bf16", "miss-torch-bf16"]
+    assert run(["bench", "answer", *flags, "--work", str(tmp_path), "--out", str(tmp_path / "out")]) != 0
+    (found,) = answer_report.read(tmp_path / "out")
+    assert set(found["rows"]) == {"miss-bf16", "miss-nographs-bf16"} and set(found["ratios"]) == {"miss-nographs-bf16"}
 
 
 def test_every_peer_has_a_file_and_an_extra():

@@ -117,6 +117,7 @@ def test_the_evidence_is_shown(capsys, monkeypatch, tmp_path):
         architecture="sm_90",
         shape_class=seen[0],
         sources=evidence.sources_hash(("contrastive.triton_impl",)),
+        launches={},
         correct=True,
         error=0.0,
         plain_error=0.0,

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from miss.cli import run
+from miss.cli import kernels_validate, run
 from miss.cli.kernels_validate import Found, Plan, measured, work
 from miss.kernels import evidence, extension
 from miss.kernels.evidence import Record
-from miss.kernels.validation import QUICK
+from miss.kernels.validation import QUICK, WHOLE
 
 PLAN = Plan(("kv_append",), ("small",), ("float32",), (2,), "cpu", QUICK, deadline=float("inf"))
 BLANK = Record(
@@ -22,6 +22,7 @@ BLANK = Record(
     architecture="sm_90",
     shape_class="float32[4]",
     sources="0" * 16,
+    launches={},
     correct=False,
     error=None,
     plain_error=None,
@@ -52,20 +53,34 @@ def dies_once(there, plan, done):
     there.send(("end", "complete"))
 
 
-def hangs_once(there, plan, done):
-    if not done:
-        there.send(("begin", BLANK))
-        time.sleep(60)
-    there.send(("end", "over"))
+def the_first_call_hangs(there, plan, done):
+    """The real process, with a call before its own that never returns."""
+    right = kernels_validate._calls
+
+    def planted(plan):
+        yield "kv_append", "planted", lambda: time.sleep(600)
+        yield from right(plan)
+
+    kernels_validate._calls = planted
+    work(there, plan, done)
 
 
-def cannot_go_on(there, plan, done):
+def loses_the_device(there, plan, done):
     if not done:
-        there.send(("begin", BLANK))
+        there.send(("begin", GOOD))
         there.send(("done", dataclasses.replace(BLANK, failure="illegal access")))
+        there.send(("call", dataclasses.replace(BLANK, implementation=WHOLE, shape_class="small")))
+        there.send(("lost", "CUDA error: an illegal memory access"))
         there.send(("end", "again"))
     else:
+        assert {key[1] for key in done} == {"triton", WHOLE}
         there.send(("end", "complete"))
+
+
+def goes_round(there, plan, done):
+    there.send(("begin", BLANK))
+    there.send(("skip", "of the candidate"))
+    there.send(("end", "again"))
 
 
 def dies_between(there, plan, done):
@@ -74,24 +89,45 @@ def dies_between(there, plan, done):
 
 def test_a_kernel_that_kills_its_process_is_recorded_and_the_rest_goes_on():
     records, found = outcome(dies_once)
-    assert [r.failure for r in records] == [None, "its process hung or died (exit code 139)"]
+    assert [r.failure for r in records] == [None, "its process died (exit code 139)"]
     assert records[1].shape_class == "float32[8]" and found.complete
 
 
-def test_a_kernel_that_hangs_is_ended():
-    (record,), found = outcome(hangs_once, stall=8.0)
-    assert record.failure is not None and "hung or died" in record.failure
-    assert not found.complete  # the time was over
+@built
+def test_a_call_that_hangs_is_recorded_as_that_and_the_rest_is_measured():
+    (hung, *behind_it), found = outcome(the_first_call_hangs, stall=2.0)
+    assert (hung.op, hung.implementation, hung.failure) == (
+        "kv_append", WHOLE, "its process hung: nothing was said for 2 s",
+    )  # fmt: skip
+    assert hung.shape_class == "planted" and behind_it and all(r.correct for r in behind_it) and found.complete
 
 
-def test_a_process_that_cannot_go_on_is_replaced():
-    (record,), found = outcome(cannot_go_on)
-    assert record.failure == "illegal access" and found.complete
+def test_a_device_that_is_lost_is_recorded_and_the_next_process_goes_on_behind_it():
+    records, found = outcome(loses_the_device)
+    assert [r.failure for r in records] == [
+        "illegal access", "the device was lost with it: CUDA error: an illegal memory access",
+    ]  # fmt: skip
+    assert found.complete
 
 
-def test_a_process_that_dies_of_something_else_is_an_error():
+def test_a_process_that_dies_of_something_else_or_goes_round_is_an_error():
     with pytest.raises(OSError, match="died between two measurements"):
         outcome(dies_between)
+    with pytest.raises(OSError, match="nothing can be said of what it was at"):
+        outcome(goes_round)
+
+
+def test_what_is_cut_off_by_the_time_is_not_said_to_hang():
+    start, found = time.time(), Found()
+    plan = dataclasses.replace(PLAN, deadline=start + 1.0, grace=0.5)
+    assert list(measured(plan, set(), found, the_first_call_hangs, 60.0)) == []
+    assert not found.complete and time.time() - start < 6.0
+
+
+@pytest.mark.parametrize("minutes", [0.1, 0.5, 1.8, 10.0, 60.0])
+def test_what_hangs_is_found_within_the_time(minutes):
+    stall = kernels_validate._stall(minutes)
+    assert stall <= max(1.0, 30 * minutes) and stall <= 120.0 and (minutes < 1.8 or stall >= 30.0)
 
 
 class Said(list):
@@ -111,10 +147,32 @@ def test_what_is_known_is_not_measured_again():
     work(said, PLAN, frozenset())
     records = [value for kind, value in said if kind == "done"]
     assert records and said[-1] == ("end", "complete")
-    assert [kind for kind, _ in said[:-1]] == ["begin", "done"] * len(records)
+    assert [kind for kind, _ in said[:-1] if kind != "call"] == ["begin", "done"] * len(records)
     again = Said()
     work(again, PLAN, frozenset((*r.key, r.sources) for r in records))
-    assert again == [("end", "complete")]
+    assert {kind for kind, _ in again[:-1]} == {"call"} and again[-1] == ("end", "complete")
+
+
+@built
+@pytest.mark.parametrize("where", ["gather", "measure"])
+def test_a_device_that_is_lost_where_no_kernel_of_ours_is_judged_is_noticed(monkeypatch, where):
+    """An error of the rows that run by themselves, or of those that ours is held against."""
+    state = {"sound": True}
+
+    def planted(*args):
+        state["sound"] = False
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels_validate, where, planted)
+    monkeypatch.setattr(kernels_validate, "sound", lambda device: state["sound"])
+    said = Said()
+    work(said, PLAN, frozenset())
+    begun = ["call"] if where == "gather" else ["call", "begin"]
+    assert [kind for kind, _ in said] == [*begun, "lost", "end"] and said[-1] == ("end", "again")
+    judged = said[-3][1]  # what the one who listens records as failed
+    again = Said()
+    work(again, PLAN, frozenset([(*judged.key, judged.sources)]))
+    assert judged.key not in [value.key for kind, value in again if kind in ("call", "begin")]
 
 
 @built

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from miss.kernels import evidence, registry
+from miss.kernels import evidence, launches, registry
 from miss.kernels.evidence import COMMITTED, Record, Target, find_target, shape_class, signature
 from miss.kernels.registry import OPS, Impl, Op, use
 from tests.helpers import run_python
@@ -69,6 +69,7 @@ def record(**changes) -> Record:
         architecture="sm_90",
         shape_class=shape_class("toy", signature((X,))),
         sources=evidence.sources_hash(("ema.triton_impl",)),
+        launches={},
         correct=True,
         error=1e-3,
         plain_error=2e-3,
@@ -105,6 +106,27 @@ def test_without_a_record_the_next_candidate_runs(own, toy):
     assert chosen(toy, H100, X) == "torch"
     with use(toy="triton"):  # forcing always works
         assert reason(toy) is None
+
+
+def test_a_launch_that_is_tuned_later_makes_the_record_stale(own, toy, tmp_path, monkeypatch):
+    """Another launch is another kernel: neither right nor faster until it is measured."""
+    place, launch = "ema/any/float32", {"blocks": {"BLOCK": 64}, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(launches, "TUNED", tmp_path / "tuned")
+    evidence.write(own, [record(launches={place: None})])
+    assert reason(toy) is None
+    (tmp_path / "tuned").mkdir()
+    op, kind, shape = place.split("/")
+    path = tmp_path / "tuned" / launches.file_name(H100.name)
+    path.write_text(json.dumps({op: {kind: {shape: launch, "bfloat16": launch}}}))
+    evidence.forget()
+    assert reason(toy) == "unvalidated: another launch was tuned since 2026-11-24"
+    evidence.write(own, [record(launches={place: launch}, date="2026-11-25T00:00:00Z")])
+    assert reason(toy) is None
+    path.unlink()
+    evidence.forget()
+    assert reason(toy) == "unvalidated: another launch was tuned since 2026-11-25"
+    evidence.write(evidence.COMMITTED, [record(launches={place: None})])  # older, and of the launch that runs
+    assert reason(toy) is None
 
 
 def test_with_one_it_runs(own, toy):
@@ -256,12 +278,12 @@ GOOD = dataclasses.asdict(record())
     [
         ("{", "not JSON"),
         ("[]", "wanted {"),
-        ('{"format": 2, "records": []}', "format is 2"),
-        (json.dumps({"format": 1, "records": [{"op": "toy"}]}), "record 0 has other fields"),
-        (json.dumps({"format": 1, "records": [GOOD, GOOD | {"speedup": "fast"}]}), "record 1: speedup is 'fast'"),
-        (json.dumps({"format": 1, "records": [GOOD | {"correct": 1}]}), "record 0: correct is 1"),
-        (json.dumps({"format": 1, "records": [GOOD | {"date": "yesterday"}]}), "record 0: date is 'yesterday'"),
-        (json.dumps({"format": 1, "records": [GOOD | {"error": None}]}), "neither errors nor a failure"),
+        ('{"format": 1, "records": []}', "format is 1"),
+        (json.dumps({"format": 2, "records": [{"op": "toy"}]}), "record 0 has other fields"),
+        (json.dumps({"format": 2, "records": [GOOD, GOOD | {"speedup": "fast"}]}), "record 1: speedup is 'fast'"),
+        (json.dumps({"format": 2, "records": [GOOD | {"correct": 1}]}), "record 0: correct is 1"),
+        (json.dumps({"format": 2, "records": [GOOD | {"date": "yesterday"}]}), "record 0: date is 'yesterday'"),
+        (json.dumps({"format": 2, "records": [GOOD | {"error": None}]}), "neither errors nor a failure"),
     ],
 )
 def test_a_file_that_is_none_is_named(own, toy, text, says):
