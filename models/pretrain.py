@@ -202,6 +202,11 @@ class MissPretrain(nn.Module):
         """The twin as the weights are now: after loading weights that come without one."""
         self.memory.twin.become(dict(self.named_parameters()))
 
+    def reset_memory(self) -> None:
+        """The twin as the weights are now and the queue as a run begins: nothing of an earlier run is left."""
+        self.reset_twin()
+        self.memory.queue.restart()
+
     def _features(self, batch: PretrainBatch, cls: Tensor, seed: int | None) -> tuple[tuple[Tensor, Tensor], Features]:
         """(image and text features with gradients, the twin's) of this process's pairs."""
         ids = objectives.with_first(batch.ids, self.config.tokens.cls)

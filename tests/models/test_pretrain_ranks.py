@@ -87,7 +87,7 @@ def test_the_average_over_processes_is_one_process(sizes, names):
     parameters = dict(model.named_parameters())
     for name in names:
         mean, want = sum(getattr(x, name) for x in each) / len(each), getattr(whole, name)
-        torch.testing.assert_close(mean, want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(mean, want, rtol=0, atol=1e-12)
         grads = [
             torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=name != "total")
             for loss in (mean, want)
@@ -95,7 +95,7 @@ def test_the_average_over_processes_is_one_process(sizes, names):
         for parameter, got, wanted in zip(parameters, *grads, strict=True):
             assert (got is None) == (wanted is None)
             if got is not None:
-                torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10, msg=lambda m, n=parameter: f"{n}: {m}")
+                torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12, msg=lambda m, n=parameter: f"{n}: {m}")
     for losses in each:
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(losses.features, whole.features, strict=True))
     assert sum(int(x.numbers["hidden"]) for x in each) == int(whole.numbers["hidden"])
