@@ -4,9 +4,10 @@ Knows the original's names, what of its file says the same thing twice, and that
 does not know files.
 
 The original moves its twin at the start of a step, ours moves at the end of the one before: both use the same twin in
-every step, but between steps, when a file is written, theirs is m and ours is momentum * m + (1 - momentum) * weights.
-The way out undoes that update and the way in makes it, so that a run that is resumed on either side goes on with the
-twin that it would have had (to rounding: one unit in the last place of float32).
+every step, but between steps, when a file is written, theirs is m and ours is 0.995 m + 0.005 weights.
+The way out undoes that update and the way in makes it, with the original's momentum, which is a constant of its code: a
+run that is resumed on either side goes on with the twin that the other one would have used next (to rounding: one unit
+in the last place of float32).
 """
 
 from collections.abc import Mapping
@@ -22,12 +23,14 @@ from miss.models.fitting import POSITIONS, CheckpointError, LoadReport, Resized,
 from miss.models.momentum import check_memory
 from miss.models.original import original_config
 from miss.models.pretrain import ObjectiveConfig
-from miss.models.pretrain_weights import MEMORY, both_towers, pretraining_shapes
+from miss.models.pretrain_weights import MEMORY, both_towers, fit_pretraining, pretraining_shapes
 from miss.models.queue import Queue
 
 _OWN = {"image_projection": "vision_proj", "text_projection": "text_proj", "matching_head": "itm_head"}
 _PROJECTIONS = ("image_projection", "text_projection")
 Tensors = dict[str, Tensor]
+
+MOMENTUM = 0.995  # the original's, not in its files
 
 _TWIN, _QUEUE = f"{MEMORY}twin.", f"{MEMORY}queue."
 _QUEUES = {"image": "image_queue", "text": "text_queue", "pointer": "queue_ptr"}
@@ -45,21 +48,17 @@ class Pretrained:
 
 
 def to_original_pretraining(
-    config: MissConfig, tensors: Mapping[str, Tensor], objective: ObjectiveConfig | None = None
+    config: MissConfig, tensors: Mapping[str, Tensor], queue_size: int = ObjectiveConfig.queue_size
 ) -> dict[str, Tensor]:
     """The state dict that MISS's and BLIP's pretraining models load strictly, from `saved_pretraining`.
 
-    Without a memory the twin is the weights and the queue that of a run that begins, of `objective`'s size. Their twin
+    Without a memory the twin is the weights and the queue that of a run that begins, of `queue_size` places. Their twin
     also carries cross-attention that nothing reads: it is written as the weights are now. The captions' numbers in the
     queue have no place there.
-
-    Args:
-        objective: whose momentum the twin followed with; the original's where it is left out.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of wrong shapes.
     """
-    objective = objective or ObjectiveConfig()
     own = {name: t for name, t in tensors.items() if not name.startswith(MEMORY)}
     fit(pretraining_shapes(config, len(own.get("image_projection.weight", ()))), own)
     both = both_towers(config, tensors)
@@ -68,7 +67,7 @@ def to_original_pretraining(
     twin = {entry.ours: both[entry.ours] for entry in table}
     for name in twin:
         if f"{_TWIN}{name}" in tensors:
-            twin[name] = _before(tensors[f"{_TWIN}{name}"], both[name], objective.momentum)
+            twin[name] = _before(tensors[f"{_TWIN}{name}"], both[name])
     state |= names.split(table, twin)
     for ours, theirs in _own_table():
         state[theirs] = tensors[ours].clone()
@@ -78,7 +77,7 @@ def to_original_pretraining(
         state[copy] = state[source]
     queue = {kind: tensors[f"{_QUEUE}{kind}"] for kind in _QUEUES if f"{_QUEUE}{kind}" in tensors}
     if len(queue) < len(_QUEUES):
-        queue = Queue.fresh(objective.queue_size, len(tensors["image_projection.weight"])).tensors()
+        queue = Queue.fresh(queue_size, len(tensors["image_projection.weight"])).tensors()
     for kind, theirs in _QUEUES.items():
         state[theirs] = queue[kind].reshape(1).clone() if kind == "pointer" else queue[kind].T.contiguous()
     return state
@@ -89,7 +88,6 @@ def from_original_pretraining(
     choices: Choices,
     where: str,
     config: MissConfig | None = None,
-    momentum: float = ObjectiveConfig.momentum,
 ) -> Pretrained:
     """A MISS or BLIP pretraining state dict, of any width and depth.
 
@@ -110,12 +108,9 @@ def from_original_pretraining(
     config = replace(config, tie_embeddings=False)
     own = {name: t for name, t in tensors.items() if name not in _twice(config, tensors, choices, where)}
     own |= {ours: state[theirs] for ours, theirs in _own_table() if theirs in state}
-    objective = _objective(state, momentum)
-    shapes = pretraining_shapes(config, objective.feature_width)
+    objective = _objective(state)
     extra = {name: torch.empty(0) for name in leftovers}
-    chosen, report = fit(shapes, own | extra, choices.allow_missing, choices.allow_unexpected, where=where)
-    if "temperature" in report.missing:
-        chosen["temperature"] = torch.tensor(objective.temperature)
+    chosen, report = fit_pretraining(config, objective, own | extra, choices, where)
     twin, queue, lacking = _memory(config, objective, chosen, state, where)
     read = {theirs for _, theirs in _own_table()} | set(_QUEUES.values())
     read |= {part for entry in _twin_table(config, cross=False) for part in entry.theirs}
@@ -148,7 +143,7 @@ def _memory(
     queue = begun | {kind: _queue_of(state[theirs]) for kind, theirs in _QUEUES.items() if theirs in state}
     given = {f"twin.{name}": t for name, t in twin.items()} | {f"queue.{name}": t for name, t in queue.items()}
     check_memory(own, given, where)
-    twin = {f"{_TWIN}{name}": _after(t, weights[name], objective.momentum) for name, t in twin.items()}
+    twin = {f"{_TWIN}{name}": _after(t, weights[name]) for name, t in twin.items()}
     return twin, {f"{_QUEUE}{name}": t for name, t in queue.items()}, lacking
 
 
@@ -159,16 +154,16 @@ def _queue_of(tensor: Tensor) -> Tensor:
     return tensor.long().reshape(()).clone() if tensor.numel() == 1 else tensor
 
 
-def _after(twin: Tensor, weights: Tensor, momentum: float) -> Tensor:
+def _after(twin: Tensor, weights: Tensor) -> Tensor:
     """Their twin as ours is between steps: the update that theirs makes first thing in the next one is made."""
     w = weights.double()
-    return (w + momentum * (twin.double() - w)).to(torch.promote_types(twin.dtype, torch.float32))
+    return (w + MOMENTUM * (twin.double() - w)).to(torch.promote_types(twin.dtype, torch.float32))
 
 
-def _before(twin: Tensor, weights: Tensor, momentum: float) -> Tensor:
-    """Our twin as theirs is between steps: the inverse of `_after`. With momentum 0 nothing of theirs would be left."""
+def _before(twin: Tensor, weights: Tensor) -> Tensor:
+    """Our twin as theirs is between steps: the inverse of `_after`."""
     w = weights.double()
-    return (w + (twin.double() - w) / momentum).to(twin.dtype) if momentum else weights.to(twin.dtype)
+    return (w + (twin.double() - w) / MOMENTUM).to(twin.dtype)
 
 
 def _notes(twin: Tensors, queue: Tensors, lacking: tuple[str, ...]) -> tuple[str, ...]:
@@ -184,14 +179,14 @@ def _notes(twin: Tensors, queue: Tensors, lacking: tuple[str, ...]) -> tuple[str
     return tuple(notes)
 
 
-def _objective(state: Mapping[str, Tensor], momentum: float) -> ObjectiveConfig:
+def _objective(state: Mapping[str, Tensor]) -> ObjectiveConfig:
     """Sizes that the file states, by whatever of it is there."""
     default = ObjectiveConfig()
     width = next(
         (len(state[f"{kind}_proj.weight"]) for kind in ("vision", "text") if f"{kind}_proj.weight" in state), 0
     )
     size = next((state[n].shape[-1] for n in ("image_queue", "text_queue") if n in state), default.queue_size)
-    return replace(default, feature_width=width or default.feature_width, queue_size=size, momentum=momentum)
+    return replace(default, feature_width=width or default.feature_width, queue_size=size)
 
 
 def _on_grid(state: Tensors, image_size: int | None) -> tuple[Tensors, tuple[Resized, ...]]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from miss.models.config import MissConfig
-from miss.models.conversion import Converted
+from miss.models.conversion import Choices, Converted
 from miss.models.fitting import LoadReport, fit, fresh_tensor
 from miss.models.momentum import check_memory
-from miss.models.pretrain import MissPretrain
+from miss.models.pretrain import MissPretrain, ObjectiveConfig
 from miss.models.weights import model_shapes
 
 MEMORY = "memory."
@@ -41,6 +41,21 @@ def pretraining_shapes(config: MissConfig, feature_width: int) -> dict[str, tupl
     for kind, width in widths.items():
         shapes |= {f"{kind}_projection.weight": (feature_width, width), f"{kind}_projection.bias": (feature_width,)}
     return shapes | {"matching_head.weight": (2, widths["text"]), "matching_head.bias": (2,), "temperature": ()}
+
+
+def fit_pretraining(
+    config: MissConfig, objective: ObjectiveConfig, tensors: Mapping[str, Tensor], choices: Choices, where: str
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Every parameter of a pretraining model, from tensors without a memory; what may be missing is drawn.
+
+    Raises:
+        CheckpointError: what is missing, unexpected or of a wrong shape and not allowed to be, all of it at once.
+    """
+    shapes = pretraining_shapes(config, objective.feature_width)
+    chosen, report = fit(shapes, tensors, choices.allow_missing, choices.allow_unexpected, where=where)
+    if "temperature" in report.missing:
+        chosen["temperature"] = torch.tensor(objective.temperature)
+    return chosen, report
 
 
 def memory_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
