@@ -143,7 +143,8 @@ class MissPretrain(nn.Module):
         image_kv = self.encoder.cross_kv.layers(tokens)
         index = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device)
         student, teacher = self._features(batch, tokens[:, 0], own)
-        features = Features(*gather(torch.cat(teacher[:2], 1))[0].chunk(2, 1), numbers)
+        images, texts = gather(torch.cat([teacher.image, teacher.text], 1))[0].chunk(2, 1)
+        features = Features(images, texts, numbers)
         itc, pairs = self._contrast(student, teacher, features, first, alpha, mix(seed, 1))
         logits = self._matching(batch, image_kv, pairs, mix(own, 3))
         captions, num_words = self._captions(batch, image_kv, index, mix(own, 4))
@@ -215,8 +216,8 @@ class MissPretrain(nn.Module):
         text = objectives.normalised(self.text_projection(states))
         # The original's twin drops out as its model does; a teacher without noise is the better one.
         noise = mix(seed, 2) if self.config.behaviour == "compat" else None
-        twins = self.memory.twin(batch.pixels, ids, batch.lengths, self.matching_head.weight.dtype, noise)
-        return (image, text), Features(*twins, batch.numbers)
+        image_m, text_m = self.memory.twin(batch.pixels, ids, batch.lengths, self.matching_head.weight.dtype, noise)
+        return (image, text), Features(image_m, text_m, batch.numbers)
 
     def _contrast(
         self,
