@@ -7,7 +7,7 @@ layers, one product, serve the matching pairs, both kinds of negatives and the c
 Shapes: B pairs, N image tokens, T caption length, C width, P width of a feature.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -170,34 +170,46 @@ class MissPretrain(nn.Module):
         mlm = words if self.objective.mlm else None
         total = itc + itm + lm if mlm is None else itc + itm + lm + self.objective.mlm * mlm
         numbers = {
-            "temperature": objectives.clamped(self.temperature).detach(),
+            "temperature": self._temperature().detach(),
             "matched": right.sum() / count[1].clamp(min=1),
             "words": count[2],
             "pairs": count[1],
         }
         return Losses(itc, itm, lm, mlm, total, numbers if mlm is None else numbers | {"hidden": count[3]}, features)
 
-    def after_update(self, *losses: Losses, values: Mapping[str, Tensor] | None = None) -> None:
+    def after_update(
+        self, *losses: Losses, values: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]] | None = None
+    ) -> None:
         """What follows the optimiser's step: the momentum twin, then the queue takes what the step's parts saw.
 
-        values: the parameters by name, where they are not whole or not precise in this model (sharded, halves).
+        values: the parameters by name, where they are not whole or not precise in this model (sharded, halves); at once
+            or part after part, each of which holds some that the twin follows.
 
         Raises:
-            ValueError: a parameter that the twin follows is not among `values`; nothing was changed then.
+            ValueError: a parameter that the twin follows is not among `values`; given at once, nothing was changed.
         """
         if values is None:
             with torch.no_grad():
                 self.temperature.clamp_(*objectives.TEMPERATURES)
             values = dict(self.named_parameters())
-        lacking = [name for name, _ in self.memory.twin.named_parameters() if name not in values]
-        if lacking:
-            raise ValueError(
-                f"the momentum twin also follows {', '.join(lacking[:3])} ({len(lacking)} in all): wanted values of "
-                f"all at once; in parts, hand them to memory.twin.follow and the features to memory.queue.put"
-            )
-        self.memory.twin.follow(values, self.objective.momentum)
+        left = {name for name, _ in self.memory.twin.named_parameters()}
+        if isinstance(values, Mapping):
+            self._complete(left - values.keys())
+            values = (values,)
+        for some in values:
+            self.memory.twin.follow(some, self.objective.momentum)
+            left -= some.keys()
+        self._complete(left)
         for part in losses:
             self.memory.queue.put(part.features)
+
+    @staticmethod
+    def _complete(left: set[str]) -> None:
+        if left:
+            raise ValueError(
+                f"the momentum twin also follows {', '.join(sorted(left)[:3])} ({len(left)} in all): wanted values of "
+                f"all, or the twin falls behind there"
+            )
 
     def reset_twin(self) -> None:
         """The twin as the weights are now: after loading weights that come without one."""
@@ -230,11 +242,14 @@ class MissPretrain(nn.Module):
     ) -> tuple[Tensor, objectives.Pairs]:
         """The contrastive loss of each pair, and the pairs of the matching objective."""
         compat, queue = self.config.behaviour == "compat", self.memory.queue.features
-        temperature = objectives.clamped(self.temperature)
+        temperature = self._temperature()
         loss = objectives.contrast(*student, teacher, everyone, first, queue, temperature, alpha, compat)
         among = self.objective.negatives_among
         pairs = objectives.matching_pairs(*student, teacher, temperature.detach(), seed, compat, first, among)
         return loss, pairs
+
+    def _temperature(self) -> Tensor:
+        return objectives.clamped(self.temperature).reshape(())  # an engine may keep it as a vector of one
 
     def _matching(self, batch: PretrainBatch, image_kv: list[KV], pairs: objectives.Pairs, seed: int | None) -> Tensor:
         """Logits (3B, 2) of all pairs in one pass, of which the last layer computes the first token alone."""

@@ -206,3 +206,19 @@ def test_values_that_lack_a_follower_change_nothing():
     with pytest.raises(ValueError, match=r"also follows text_projection\.bias \(1 in all\)"):
         model.after_update(losses, values=values)
     assert all(torch.equal(t, before[name]) for name, t in model.memory.tensors().items())
+    with pytest.raises(ValueError, match=r"also follows text_projection\.bias"):
+        model.after_update(losses, values=[{name: t} for name, t in values.items() if name in followed(model)])
+
+
+def test_values_in_parts_are_values_at_once():
+    one, other = (pretrain_model(pretrain_config()) for _ in range(2))
+    losses = one(batch_of(), seed=SEED)
+    values = {name: p.detach() + 1 for name, p in one.named_parameters() if name in followed(one)}
+    one.after_update(losses, values=values)
+    other.after_update(losses, values=({name: t} for name, t in values.items()))
+    for name, t in one.memory.tensors().items():
+        assert torch.equal(t, other.memory.tensors()[name])
+
+
+def followed(model: MissPretrain) -> set[str]:
+    return {name for name, _ in model.memory.twin.named_parameters()}
