@@ -67,21 +67,22 @@ def _shift_xor(z: Tensor, bits: int) -> Tensor:
     return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
 
 
-def _words(seed: Tensor, count: int, device: torch.device) -> Tensor:
-    """h(0) … h(count - 1) as int64."""
-    z = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+def _words(seed: Tensor, count: int, device: torch.device, start: int = 0) -> Tensor:
+    """h(start) … h(start + count - 1) as int64."""
+    z = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
     z = z.mul_(_WEYL).add_(seed if seed.device.type == "cpu" else seed.to(device))
     z = _shift_xor(z, 30).mul_(_FIRST)
     z = _shift_xor(z, 27).mul_(_SECOND)
     return _shift_xor(z, 31)
 
 
-def uniform(seed: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+def uniform(seed: Tensor, shape: Sequence[int], device: torch.device, start: int = 0) -> Tensor:
     """Float32 numbers inside (0, 1): (k + 1/2) / 2**23, k the highest 23 bits of h(index), one word an element.
 
+    `start` is the first element's index: a part of something larger draws as it would within the whole.
     Every value is exact in float32, and neither 0 nor 1: log() of it and of that again are finite.
     """
-    words = (_words(seed, math.prod(shape), device) >> 41).bitwise_and_((1 << 23) - 1)
+    words = (_words(seed, math.prod(shape), device, start) >> 41).bitwise_and_((1 << 23) - 1)
     return words.float().add_(0.5).mul_(2.0**-23).view(tuple(shape))
 
 

@@ -104,7 +104,7 @@ def finished(
 ) -> Converted:
     """Applies the choices, then checks every tensor against the shapes of the model that the configuration makes."""
     size, resized = config.vision.image_size, []
-    config = _chosen(config, choices)
+    config = with_choices(config, choices)
     if config.vision.image_size != size:
         before = needed(tensors, POSITIONS)
         tensors[POSITIONS] = resize_positions(before, config.vision.num_positions)
@@ -124,7 +124,8 @@ def finished(
     )
 
 
-def _chosen(config: MissConfig, choices: Choices) -> MissConfig:
+def with_choices(config: MissConfig, choices: Choices) -> MissConfig:
+    """The configuration with what the user decided in it."""
     vision, encoder, decoder, preprocess = config.vision, config.encoder, config.decoder, config.preprocess
     if choices.image_size is not None:
         vision = replace(vision, image_size=choices.image_size)

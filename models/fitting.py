@@ -59,6 +59,7 @@ class LoadReport:
             if names:
                 lines.append(f"  {title}: {shown(names)}")
         lines += [f"  resized: {r.name} {list(r.before)} -> {list(r.after)}" for r in self.resized]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from miss.kernels.attention import attention, attention_varlen
 from miss.kernels.cross_attention import KV, cross_attention
 from miss.kernels.decoder_step import Layer, Norm
+from miss.kernels.dropout import as_seed, dropout
 from miss.kernels.encoder_layer import takes_codes, text_layer
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from miss.kernels.quant_linear import QuantRows
@@ -20,6 +21,8 @@ from miss.kernels.tree_attention import tree_attention
 from miss.models.config import TextConfig
 from miss.models.linear import Linear, QuantLinear
 from miss.models.packing import Packing
+
+EMBEDDINGS = 1 << 16  # the embeddings' site among a tower's, whose layers are 0, 1, …
 
 
 def mix(seed: int | None, site: int) -> int | None:
@@ -326,7 +329,7 @@ class TextEmbeddings(nn.Module):
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, seed: int | None = None) -> Tensor:
-        """ids (…, T) -> (…, T, C); `positions` (broadcast against ids) default to 0 … T-1.
+        """ids (…, T) -> (…, T, C); `positions` (broadcast against ids) default to 0 … T-1. `seed`: the tower's.
 
         Raises:
             ValueError: more tokens than the position table has rows.
@@ -340,4 +343,5 @@ class TextEmbeddings(nn.Module):
         else:
             where = self.position(positions)
         x = self.norm(self.word(ids) + where)
-        return nn.functional.dropout(x, self.dropout) if seed is not None and self.dropout else x
+        p = self.dropout if seed is not None else 0.0
+        return dropout(x, p, as_seed(mix(seed, EMBEDDINGS), p))

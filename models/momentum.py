@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from miss.kernels.ema import ema_
+from miss.models.fitting import CheckpointError, shown
 from miss.models.joint import JointEncoder
 from miss.models.linear import Linear
 from miss.models.objectives import normalised
@@ -95,17 +96,14 @@ class Memory:
         return twin | {f"queue.{name}": t for name, t in self.queue.tensors().items()}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `tensors`, exactly.
+    def load(self, tensors: Mapping[str, Tensor], where: str = "momentum twin and queue") -> None:
+        """The inverse of `tensors`, exactly; all of it or nothing.
 
         Raises:
-            ValueError: names or shapes are not those of this model.
+            CheckpointError: names, shapes or types are not those of this model.
         """
         own = self.tensors()
-        got, wanted = ({name: tuple(t.shape) for name, t in these.items()} for these in (tensors, own))
-        if got != wanted:
-            wrong = sorted(name for name in got.keys() | wanted.keys() if got.get(name) != wanted.get(name))
-            raise ValueError(f"momentum twin and queue: {', '.join(wrong[:5])} do not fit this model")
+        check_memory(own, tensors, where)
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
@@ -119,3 +117,32 @@ class Memory:
 
         self.twin._apply(wide)
         self.queue = self.queue.moved(wide)
+
+
+def check_memory(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Holds the tensors of a twin and a queue against those of a model.
+
+    Raises:
+        CheckpointError: names, shapes or types are not those, or the queue's pointer is outside of it; all at once.
+    """
+    wrong = [
+        f"{name} is {list(tensors[name].shape)} {tensors[name].dtype}, wanted {list(t.shape)} {t.dtype}"
+        for name, t in own.items()
+        if name in tensors
+        and (
+            tensors[name].shape != t.shape
+            or tensors[name].is_floating_point() != t.is_floating_point()
+            or not (t.is_floating_point() or tensors[name].dtype == t.dtype)
+        )
+    ]
+    problems = {
+        "wrong": wrong,
+        "missing": [name for name in own if name not in tensors],
+        "unexpected": [name for name in tensors if name not in own],
+    }
+    pointer, places = tensors.get("queue.pointer"), len(own["queue.ids"])
+    if pointer is not None and not wrong and not 0 <= int(pointer) < max(1, places):
+        problems["wrong"] = [f"queue.pointer is {int(pointer)}, wanted a place of {places}"]
+    if any(problems.values()):
+        listed = "; ".join(f"{title}: {shown(names)}" for title, names in problems.items() if names)
+        raise CheckpointError(f"{where}: the momentum twin and the queue do not fit this model: {listed}")

@@ -15,6 +15,8 @@ Shapes: B pairs of this process, N of all, P width of a feature, T caption lengt
 (ALBEF), 2201.12086 (BLIP), 2401.05163 (MISS).
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,11 +29,18 @@ from miss.models.layers import mix
 from miss.models.queue import Features
 
 IGNORED = -100
+HIDDEN = 0.15  # of the words, where masked words are asked for
 TEMPERATURES = (0.001, 0.5)  # the original clamps to these before every step
 
 
 def alpha_at(step: int, steps_per_epoch: int, most: float = 0.4) -> float:
-    """How much the momentum model's own opinion counts at a step: a ramp over the first two epochs."""
+    """How much the momentum model's own opinion counts at a step: a ramp over the first two epochs.
+
+    Raises:
+        ValueError: no step in an epoch, or a step before the first.
+    """
+    if steps_per_epoch < 1 or step < 0:
+        raise ValueError(f"step {step} of {steps_per_epoch} an epoch: wanted 0 or more, of 1 or more")
     return most * min(1.0, step / (2 * steps_per_epoch))
 
 
@@ -87,16 +96,28 @@ class Pairs(NamedTuple):
 
 
 def matching_pairs(
-    image: Tensor, text: Tensor, teacher: Features, temperature: Tensor, seed: int | None = None, compat: bool = False
+    image: Tensor,
+    text: Tensor,
+    teacher: Features,
+    temperature: Tensor,
+    seed: int | None = None,
+    compat: bool = False,
+    first: int = 0,
+    among: int = 0,
 ) -> Pairs:
     """The pairs, and one hard negative of each image and of each text, drawn within the process's batch on the device.
 
     Drawn with weights softmax(similarity / temperature) + 1e-4 of the student to the momentum features, as the source
     does.
+
+    Args:
+        first: which pair of all processes' is the first of these.
+        among: draw within so many neighbours of all processes' pairs (0: of the process's own), so that the draw is the
+            same on any number of processes whose parts are multiples of it.
     """
     ids = None if compat else teacher.ids
-    drawn_image = hard_negatives(text, teacher.image, temperature, mix(seed, 0), ids)
-    drawn_text = hard_negatives(image, teacher.text, temperature, mix(seed, 1), ids)
+    drawn_image = _drawn(text, teacher.image, temperature, mix(seed, 0), ids, first, among)
+    drawn_text = _drawn(image, teacher.text, temperature, mix(seed, 1), ids, first, among)
     own = torch.arange(len(image), device=image.device)
     images = torch.cat([own, drawn_image.clamp(min=0), own])
     texts = torch.cat([own, own, drawn_text.clamp(min=0)])
@@ -104,6 +125,24 @@ def matching_pairs(
     weight = torch.cat([torch.ones_like(own), drawn_image >= 0, drawn_text >= 0])
     order = images.argsort(stable=True)
     return Pairs(*(t[order] for t in (images, texts, label, weight)))
+
+
+def _drawn(
+    rows: Tensor, columns: Tensor, temperature: Tensor, seed: int | None, ids: Tensor | None, first: int, among: int
+) -> Tensor:
+    """The column that is each row's negative, -1 where there is none: every group draws with a seed of its own."""
+    drawn = []
+    for start, end in groups(len(rows), first, among):
+        own = None if ids is None else ids[start:end]
+        column = hard_negatives(rows[start:end], columns[start:end], temperature, mix(seed, first + start), own)
+        drawn.append(torch.where(column < 0, column, column + start))
+    return torch.cat(drawn)
+
+
+def groups(count: int, first: int, size: int) -> list[tuple[int, int]]:
+    """Where `count` rows that start at row `first` of all are cut, so that no piece crosses a multiple of `size`."""
+    edges = range(size - first % size, count, size) if size else ()
+    return list(pairwise([0, *edges, count]))
 
 
 def matching_loss(logits: Tensor, pairs: Pairs) -> Tensor:
@@ -139,22 +178,34 @@ def counted(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_words(
-    ids: Tensor, lengths: Tensor, mask: int, num_words: int, seed: int | None, share: float = 0.15
+    ids: Tensor,
+    lengths: Tensor,
+    mask: int,
+    num_words: int,
+    seed: int | None,
+    share: float = HIDDEN,
+    specials: Sequence[int] = (),
+    first: int = 0,
+    width: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """ids (B, T) with a share of the words hidden, and the labels (B, T): the hidden words, elsewhere `IGNORED`.
 
     Of those chosen 80 % become `mask`, 10 % any of `num_words` words, 10 % stay (BERT, arXiv 1810.04805). The first and
-    the last token of a caption are never chosen.
+    the last token of a caption are never chosen, nor are `specials` between them. What is drawn for a place depends on
+    the seed, on the caption's number among all processes' (`first` is that of the first one here) and on the place
+    alone, not on padding: `width` is how many places a caption has at most.
     """
     inner = real_tokens(ids, lengths - 1)
     inner[:, :1] = False
-    chance, fate, word = (_uniform(mix(seed, site), ids) for site in range(3))
+    for special in specials:
+        inner &= ids != special
+    chance, fate, word = (_uniform(mix(seed, site), ids, first, width) for site in range(3))
     chosen = inner & (chance < share)
     hidden = torch.where(fate < 0.8, mask, torch.where(fate < 0.9, (word * num_words).long(), ids))
     return torch.where(chosen, hidden, ids), ids.masked_fill(~chosen, IGNORED)
 
 
-def _uniform(seed: int | None, like: Tensor) -> Tensor:
+def _uniform(seed: int | None, like: Tensor, first: int, width: int) -> Tensor:
     drawn = as_seed(seed, 0.5)
-    assert drawn is not None
-    return uniform(drawn, tuple(like.shape), like.device)
+    assert drawn is not None and like.shape[1] <= width
+    return uniform(drawn, (len(like), width), like.device, first * width)[:, : like.shape[1]]

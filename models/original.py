@@ -31,7 +31,16 @@ def from_original(
     """
     tensors, leftovers, dropped = renamed(state, "original", choices.allow_missing, where)
     base = MissConfig.from_dict(dict(own)) if own is not None else original_config(tensors, choices)
-    return finished(base, tensors, leftovers, dropped, choices, where)
+    converted = finished(base, tensors, leftovers, dropped, choices, where)
+    if not any(names.is_pretraining(name) for name in dropped):
+        return converted
+    note = "from pretraining: what the decoder shared with the encoder is its own from here on, copied"
+    drawn = [name for name in converted.report.missing if name.startswith("decoder.cross_kv")]
+    notes = (
+        note,
+        *(f"{name} was drawn: it read image tokens, of another width than question states" for name in drawn),
+    )
+    return replace(converted, report=replace(converted.report, notes=notes))
 
 
 def to_original(config: MissConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

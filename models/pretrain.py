@@ -7,7 +7,7 @@ layers, one product, serve the matching pairs, both kinds of negatives and the c
 Shapes: B pairs, N image tokens, T caption length, C width, P width of a feature.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +41,8 @@ class ObjectiveConfig:
     """Sizes and weights of the objective; the original's values.
 
     `mlm` weighs the masked words' loss, which MISS does not have: 0 leaves it out. `mask` is [MASK]'s id.
+    `negatives_among`: hard negatives are drawn within so many neighbours of the global batch, which makes the draw the
+    same on any number of processes whose parts are multiples of it; 0: within each process's part, as the original.
     """
 
     feature_width: int = 256
@@ -50,6 +52,7 @@ class ObjectiveConfig:
     label_smoothing: float = 0.1
     mlm: float = 0.0
     mask: int = 103
+    negatives_among: int = 0
 
     def __post_init__(self) -> None:
         if self.feature_width < 1 or self.queue_size < 0:
@@ -58,6 +61,8 @@ class ObjectiveConfig:
             raise ConfigError(
                 "wanted momentum 0 to 1, label_smoothing 0 to below 1, mlm 0 or more, temperature above 0"
             )
+        if self.negatives_among < 0 or self.negatives_among == 1:
+            raise ConfigError(f"negatives_among {self.negatives_among}: wanted 0 or at least 2, as one has no negative")
 
 
 @dataclass
@@ -100,13 +105,15 @@ class MissPretrain(nn.Module):
     """The model of arXiv 2401.05163 in its pretraining form. The twin and the queue stand in `memory`, no submodule.
 
     Raises:
-        ConfigError: encoder and decoder differ in what they share.
+        ConfigError: encoder and decoder differ in what they share, or masked words have no mask in the vocabulary.
     """
 
     def __init__(self, config: MissConfig, objective: ObjectiveConfig | None = None) -> None:
         super().__init__()
         self.config, self.objective = config, objective or ObjectiveConfig()
         width = self.objective.feature_width
+        if self.objective.mlm and not 0 <= self.objective.mask < config.encoder.vocab_size:
+            raise ConfigError(f"mask {self.objective.mask}: wanted [MASK]'s id, below {config.encoder.vocab_size}")
         self.vision = VisionTransformer(config.vision, config.preprocess)
         self.encoder = JointEncoder(config.encoder)
         self.decoder = _sharing_decoder(config, self.encoder)
@@ -124,73 +131,125 @@ class MissPretrain(nn.Module):
         """The step's losses. Dropout acts only where a seed is given; the draws of negatives follow the seed, too.
 
         Args:
-            gather: rows of this process -> rows of all; called thrice, without gradients.
+            batch: this process's pairs, also none.
+            gather: rows of this process -> rows of all; called thrice, without gradients, whatever the batch is.
             alpha: the weight of the momentum model's opinion (`objectives.alpha_at`).
+            seed: the step's (and the part's), the same on every process. What is dropped depends on it and on where the
+                process's pairs start among all, what is hidden or drawn on it and on the pair's place among all.
         """
-        tokens = self.vision(batch.pixels)
+        numbers, first = gather(batch.numbers)
+        own = mix(mix(seed, 0), first)  # processes drop different places
+        tokens = self.vision(batch.pixels, mix(own, 0))
         image_kv = self.encoder.cross_kv.layers(tokens)
         index = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device)
-        itc, pairs, features = self._contrast(batch, tokens[:, 0], gather, alpha, seed)
-        logits = self._matching(batch, image_kv, pairs, mix(seed, 2))
-        captions, num_words = self._captions(batch, image_kv, index, mix(seed, 3))
-        rows = torch.full_like(num_words, len(index))
-        hidden, num_hidden = torch.zeros_like(itc[:0].sum()), torch.zeros_like(num_words)
+        student, teacher = self._features(batch, tokens[:, 0], own)
+        images, texts = gather(torch.cat([teacher.image, teacher.text], 1))[0].chunk(2, 1)
+        features = Features(images, texts, numbers)
+        itc, pairs = self._contrast(student, teacher, features, first, alpha, mix(seed, 1))
+        logits = self._matching(batch, image_kv, pairs, mix(own, 3))
+        captions, num_words = self._captions(batch, image_kv, index, mix(own, 4))
+        hidden, num_hidden = torch.zeros_like(captions), torch.zeros_like(num_words)
         if self.objective.mlm:
-            hidden, num_hidden = self._masked_words(batch, image_kv, index, mix(seed, 4))
-        count = torch.stack([t.double() for t in (rows, pairs.weight.sum(), num_words, num_hidden)])
-        everyone = gather(count[None])[0].mean(0)  # an average over processes of sums over this is the mean over rows
-        itm = objectives.matching_loss(logits, pairs).sum()
-        sums = itc.sum(), itm, captions, hidden
-        shares = [*everyone[:3], everyone[3].clamp(min=1e-9)]  # of chance, nobody may have hidden a word
-        itc, itm, lm, words = (loss / share.to(itm) for loss, share in zip(sums, shares, strict=True))
+            hidden, num_hidden = self._masked_words(batch, image_kv, index, first, mix(seed, 2), mix(own, 5))
+        sums = itc.sum(), objectives.matching_loss(logits, pairs).sum(), captions, hidden
+        counts = torch.full_like(num_words, len(index)), pairs.weight.sum(), num_words, num_hidden
+        return self._losses(sums, counts, gather, features, ((logits.detach().argmax(1) == pairs.label) * pairs.weight))
+
+    def _losses(
+        self,
+        sums: tuple[Tensor, ...],
+        counts: tuple[Tensor, ...],
+        gather: Gather,
+        features: Features,
+        right: Tensor,
+    ) -> Losses:
+        """Shares of means over all processes' rows: an average over processes of sums over the mean count is that."""
+        count = torch.stack([t.double() for t in counts])
+        everyone = gather(count[None])[0].mean(0).clamp(min=1e-9)  # of chance, nobody may have hidden a word
+        itc, itm, lm, words = (loss / share.to(loss) for loss, share in zip(sums, everyone, strict=True))
         mlm = words if self.objective.mlm else None
         total = itc + itm + lm if mlm is None else itc + itm + lm + self.objective.mlm * mlm
-        right = (logits.detach().argmax(1) == pairs.label) * pairs.weight
         numbers = {
-            "temperature": objectives.clamped(self.temperature).detach(),
+            "temperature": self._temperature().detach(),
             "matched": right.sum() / count[1].clamp(min=1),
+            "words": count[2],
+            "pairs": count[1],
         }
-        return Losses(itc, itm, lm, mlm, total, numbers | {"words": count[2], "pairs": count[1]}, features)
+        return Losses(itc, itm, lm, mlm, total, numbers if mlm is None else numbers | {"hidden": count[3]}, features)
 
-    def after_update(self, *losses: Losses, values: Mapping[str, Tensor] | None = None) -> None:
+    def after_update(
+        self, *losses: Losses, values: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]] | None = None
+    ) -> None:
         """What follows the optimiser's step: the momentum twin, then the queue takes what the step's parts saw.
 
-        values: the parameters by name, where they are not whole or not precise in this model (sharded, halves).
+        values: the parameters by name, where they are not whole or not precise in this model (sharded, halves); at once
+            or part after part, each of which holds some that the twin follows.
+
+        Raises:
+            ValueError: a parameter that the twin follows is not among `values`; given at once, nothing was changed.
         """
-        with torch.no_grad():
-            if values is None:
+        if values is None:
+            with torch.no_grad():
                 self.temperature.clamp_(*objectives.TEMPERATURES)
-        own = dict(self.named_parameters()) if values is None else values
-        self.memory.twin.follow(own, self.objective.momentum)
+            values = dict(self.named_parameters())
+        left = {name for name, _ in self.memory.twin.named_parameters()}
+        if isinstance(values, Mapping):
+            self._complete(left - values.keys())
+            values = (values,)
+        for some in values:
+            self.memory.twin.follow(some, self.objective.momentum)
+            left -= some.keys()
+        self._complete(left)
         for part in losses:
             self.memory.queue.put(part.features)
+
+    @staticmethod
+    def _complete(left: set[str]) -> None:
+        if left:
+            raise ValueError(
+                f"the momentum twin also follows {', '.join(sorted(left)[:3])} ({len(left)} in all): wanted values of "
+                f"all, or the twin falls behind there"
+            )
 
     def reset_twin(self) -> None:
         """The twin as the weights are now: after loading weights that come without one."""
         self.memory.twin.become(dict(self.named_parameters()))
 
-    def _contrast(
-        self, batch: PretrainBatch, cls: Tensor, gather: Gather, alpha: float, seed: int | None
-    ) -> tuple[Tensor, objectives.Pairs, Features]:
-        compat = self.config.behaviour == "compat"
-        ids, temperature = objectives.with_first(batch.ids, self.config.tokens.cls), self._temperature()
+    def reset_memory(self) -> None:
+        """The twin as the weights are now and the queue as a run begins: nothing of an earlier run is left."""
+        self.reset_twin()
+        self.memory.queue.restart()
+
+    def _features(self, batch: PretrainBatch, cls: Tensor, seed: int | None) -> tuple[tuple[Tensor, Tensor], Features]:
+        """(image and text features with gradients, the twin's) of this process's pairs."""
+        ids = objectives.with_first(batch.ids, self.config.tokens.cls)
         image = objectives.normalised(self.image_projection(cls))
-        states = self.encoder.first(ids, batch.lengths, seed=mix(seed, 0))
+        states = self.encoder.first(ids, batch.lengths, seed=mix(seed, 1))
         text = objectives.normalised(self.text_projection(states))
         # The original's twin drops out as its model does; a teacher without noise is the better one.
-        dtype = self.matching_head.weight.dtype
-        image_m, text_m = self.memory.twin(batch.pixels, ids, batch.lengths, dtype, mix(seed, 1) if compat else None)
-        teacher = Features(image_m, text_m, batch.numbers)
-        both, first = gather(torch.cat([image_m, text_m], 1))
-        images, texts = both.chunk(2, 1)
-        everyone = Features(images, texts, gather(batch.numbers)[0])
-        queue = self.memory.queue.features
-        loss = objectives.contrast(image, text, teacher, everyone, first, queue, temperature, alpha, compat)
-        pairs = objectives.matching_pairs(image, text, teacher, temperature.detach(), seed, compat)
-        return loss, pairs, everyone
+        noise = mix(seed, 2) if self.config.behaviour == "compat" else None
+        image_m, text_m = self.memory.twin(batch.pixels, ids, batch.lengths, self.matching_head.weight.dtype, noise)
+        return (image, text), Features(image_m, text_m, batch.numbers)
+
+    def _contrast(
+        self,
+        student: tuple[Tensor, Tensor],
+        teacher: Features,
+        everyone: Features,
+        first: int,
+        alpha: float,
+        seed: int | None,
+    ) -> tuple[Tensor, objectives.Pairs]:
+        """The contrastive loss of each pair, and the pairs of the matching objective."""
+        compat, queue = self.config.behaviour == "compat", self.memory.queue.features
+        temperature = self._temperature()
+        loss = objectives.contrast(*student, teacher, everyone, first, queue, temperature, alpha, compat)
+        among = self.objective.negatives_among
+        pairs = objectives.matching_pairs(*student, teacher, temperature.detach(), seed, compat, first, among)
+        return loss, pairs
 
     def _temperature(self) -> Tensor:
-        return objectives.clamped(self.temperature)
+        return objectives.clamped(self.temperature).reshape(())  # an engine may keep it as a vector of one
 
     def _matching(self, batch: PretrainBatch, image_kv: list[KV], pairs: objectives.Pairs, seed: int | None) -> Tensor:
         """Logits (3B, 2) of all pairs in one pass, of which the last layer computes the first token alone."""
@@ -208,14 +267,22 @@ class MissPretrain(nn.Module):
         return self._words(states, labels, self.objective.label_smoothing), (labels != objectives.IGNORED).sum()
 
     def _masked_words(
-        self, batch: PretrainBatch, image_kv: list[KV], index: Tensor, seed: int | None
+        self,
+        batch: PretrainBatch,
+        image_kv: list[KV],
+        index: Tensor,
+        first: int,
+        seed: int | None,
+        own: int | None,
     ) -> tuple[Tensor, Tensor]:
         """(sum over this process's hidden words, how many): with the language-model head, which both then share."""
-        ids = objectives.with_first(batch.ids, self.config.tokens.enc)
+        tokens, text = self.config.tokens, self.config.encoder
+        specials = (tokens.pad, tokens.cls, tokens.sep, tokens.dec, tokens.enc)
+        ids, mask = objectives.with_first(batch.ids, tokens.enc), self.objective.mask
         hidden, labels = objectives.masked_words(
-            ids, batch.lengths, self.objective.mask, self.config.encoder.vocab_size, mix(seed, 0)
+            ids, batch.lengths, mask, text.vocab_size, seed, specials=specials, first=first, width=text.max_positions
         )
-        states = self.encoder(hidden, batch.lengths, image_kv, index, mix(seed, 1))
+        states = self.encoder(hidden, batch.lengths, image_kv, index, own)
         return self._words(states, labels, 0.0), (labels != objectives.IGNORED).sum()
 
     def _words(self, states: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

@@ -1,7 +1,8 @@
 """A pretraining model's tensors: each shared one saved once, loaded strictly, begun from and turned into an answering
 model.
 
-Knows our names and which tensors are one; does not know files, or the original's names (`pretrain_original.py`).
+Knows our names and which tensors are one; does not know files (`pretrain_files.py`), or the original's names
+(`pretrain_original.py`).
 """
 
 import re
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from miss.models.config import MissConfig
-from miss.models.conversion import Converted
+from miss.models.conversion import Choices, Converted
 from miss.models.fitting import LoadReport, fit, fresh_tensor
-from miss.models.pretrain import MissPretrain
+from miss.models.momentum import check_memory
+from miss.models.pretrain import MissPretrain, ObjectiveConfig
 from miss.models.weights import model_shapes
 
 MEMORY = "memory."
+ADDED = ("image_projection.*", "text_projection.*", "matching_head.*", "temperature")  # what answering has not
 _SHARED = re.compile(r"decoder\.(embeddings|cross_kv|layers\.\d+\.(cross_attention|mlp))\..+")
 _KEYS_AND_VALUES = ("cross_kv.weight", "cross_kv.bias")
 
@@ -30,23 +33,55 @@ def saved_pretraining(model: MissPretrain, memory: bool = True) -> dict[str, Ten
     return tensors
 
 
-@torch.no_grad()
-def load_pretraining(model: MissPretrain, tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> LoadReport:
-    """The inverse of `saved_pretraining`, exactly. Without any `memory.…` the twin becomes the weights.
+def pretraining_shapes(config: MissConfig, feature_width: int) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a pretraining model, under the names of `saved_pretraining`, and its shape."""
+    shapes = model_shapes(replace(config, tie_embeddings=True))
+    shapes = {name: shape for name, shape in shapes.items() if not _SHARED.fullmatch(name)}
+    widths = {"image": config.vision.hidden_size, "text": config.encoder.hidden_size}
+    for kind, width in widths.items():
+        shapes |= {f"{kind}_projection.weight": (feature_width, width), f"{kind}_projection.bias": (feature_width,)}
+    return shapes | {"matching_head.weight": (2, widths["text"]), "matching_head.bias": (2,), "temperature": ()}
+
+
+def fit_pretraining(
+    config: MissConfig, objective: ObjectiveConfig, tensors: Mapping[str, Tensor], choices: Choices, where: str
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Every parameter of a pretraining model, from tensors without a memory; what may be missing is drawn.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of wrong shapes.
+        CheckpointError: what is missing, unexpected or of a wrong shape and not allowed to be, all of it at once.
+    """
+    shapes = pretraining_shapes(config, objective.feature_width)
+    chosen, report = fit(shapes, tensors, choices.allow_missing, choices.allow_unexpected, where=where)
+    if "temperature" in report.missing:
+        chosen["temperature"] = torch.tensor(objective.temperature)
+    return chosen, report
+
+
+def memory_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The twin and the queue among a checkpoint's tensors, as `Memory` names them."""
+    return {name.removeprefix(MEMORY): t for name, t in tensors.items() if name.startswith(MEMORY)}
+
+
+@torch.no_grad()
+def load_pretraining(model: MissPretrain, tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> LoadReport:
+    """The inverse of `saved_pretraining`, exactly. Without any `memory.…` the twin becomes the weights and the queue
+    starts anew. Nothing of the model is written before everything has been checked.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of wrong shapes or types, those of the memory among them.
     """
     given = {name: t for name, t in tensors.items() if not name.startswith(MEMORY)}
-    parameters = dict(model.named_parameters())
+    parameters, memory = dict(model.named_parameters()), memory_of(tensors)
     chosen, report = fit({name: tuple(p.shape) for name, p in parameters.items()}, given, where=where)
+    if memory:
+        check_memory(model.memory.tensors(), memory, where)
     for name, parameter in parameters.items():
         parameter.copy_(chosen[name])
-    memory = {name.removeprefix(MEMORY): t for name, t in tensors.items() if name.startswith(MEMORY)}
     if not memory:
-        model.reset_twin()
+        model.reset_memory()
         return replace(report, notes=("no momentum twin in it: the twin starts as the weights, the queue anew",))
-    model.memory.load(memory)
+    model.memory.load(memory, where)
     return replace(report, matched=(*report.matched, *(f"{MEMORY}{name}" for name in memory)))
 
 
@@ -57,17 +92,16 @@ def begin_pretraining(model: MissPretrain, tensors: Mapping[str, Tensor]) -> Loa
     The decoder's own cross-attention, MLPs and embeddings are dropped: it takes the encoder's.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of wrong shapes.
+        CheckpointError: tensors are missing, unexpected or of wrong shapes; nothing was written then.
     """
     shared = tuple(name for name in tensors if _SHARED.fullmatch(name))
     parameters = dict(model.named_parameters())
-    added = ("image_projection.*", "text_projection.*", "matching_head.*", "temperature")
     given = {name: t for name, t in tensors.items() if name not in shared}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    chosen, report = fit(shapes, given, allow_missing=added, allow_resize=True)
+    chosen, report = fit(shapes, given, allow_missing=ADDED, allow_resize=True)
     for name in set(parameters) - set(report.missing):
         parameters[name].copy_(chosen[name])
-    model.reset_twin()
+    model.reset_memory()
     return replace(report, dropped=shared)
 
 
@@ -85,7 +119,7 @@ def both_towers(config: MissConfig, tensors: Mapping[str, Tensor]) -> dict[str, 
     return out
 
 
-def untie(config: MissConfig, tensors: Mapping[str, Tensor], seed: int = 0) -> Converted:
+def untie(config: MissConfig, tensors: Mapping[str, Tensor], seed: int = 0, where: str = "the checkpoint") -> Converted:
     """An answering model from pretraining's tensors: the decoder gets copies of what it shared.
 
     Its cross-attention read image tokens and will read question states: where these are of another width its keys and
@@ -94,21 +128,29 @@ def untie(config: MissConfig, tensors: Mapping[str, Tensor], seed: int = 0) -> C
     Returns:
         the tensors, all with memory of their own; of the report `matched` are copied, `missing` drawn, `dropped` are
         pretraining's alone (twin, queue, projections, matching head, temperature).
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of wrong shapes.
     """
+    features = tensors.get("image_projection.weight")
+    own = {name: t for name, t in tensors.items() if not name.startswith(MEMORY)}
+    fit(pretraining_shapes(config, 1 if features is None else len(features)), own, where=where)
     both = both_towers(config, tensors)
     shapes, copied = model_shapes(config), {}
     for name, shape in shapes.items():
-        tensor = both.get(name)
         reads_anew = name.startswith("decoder.cross_kv") and config.vision.hidden_size != config.encoder.hidden_size
-        if tensor is not None and not reads_anew:
-            assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)}, wanted {shape}"
-            copied[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if not reads_anew:
+            assert tuple(both[name].shape) == shape, f"{name}: {tuple(both[name].shape)}, wanted {shape}"
+            copied[name] = both[name].detach().clone(memory_format=torch.contiguous_format)
     drawn = {name: fresh_tensor(name, shape, seed) for name, shape in shapes.items() if name not in copied}
-    read = [name for name in copied if name.startswith("decoder.cross_kv")]
-    report = LoadReport(
-        matched=tuple(copied),
-        missing=tuple(drawn),
-        dropped=tuple(name for name in tensors if name not in shapes),
-        notes=tuple(f"{name} read image tokens and now reads question states" for name in read),
-    )
-    return Converted(config, copied | drawn, report)
+    return Converted(config, copied | drawn, _untied(tuple(copied), tuple(drawn), tensors))
+
+
+def _untied(copied: tuple[str, ...], drawn: tuple[str, ...], tensors: Mapping[str, Tensor]) -> LoadReport:
+    """What was tied and is not, in figures and in words."""
+    twice = [name for name in copied if _SHARED.fullmatch(name)]
+    notes = [f"untied: the decoder has copies of its own of {len(twice)} tensors that it shared with the encoder"]
+    notes += [f"{name} read image tokens and now reads question states" for name in twice if "cross_kv" in name]
+    notes += [f"{name} was drawn: it read image tokens, of another width than question states" for name in drawn]
+    dropped = tuple(name for name in tensors if name not in copied)
+    return LoadReport(matched=copied, missing=drawn, dropped=dropped, notes=tuple(notes))

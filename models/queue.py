@@ -6,7 +6,7 @@ one order everywhere, so that every process holds the same queue) or how feature
 Shapes: Q places, N new rows, P width of a feature.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,18 +63,12 @@ class Queue:
         return {**self.features._asdict(), "pointer": self.pointer}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `tensors`.
-
-        Raises:
-            ValueError: tensors of other names, or of a queue of another size.
-        """
-        own = self.tensors()
-        got, wanted = ({name: tuple(t.shape) for name, t in these.items()} for these in (tensors, own))
-        if got != wanted:
-            raise ValueError(f"queue: got {got}; wanted {wanted}")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    def restart(self) -> None:
+        """Random directions again, as `fresh` made them."""
+        for tensor, start in zip(
+            self.tensors().values(), Queue.fresh(*self.features.image.shape).tensors().values(), strict=True
+        ):
+            tensor.copy_(start)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Queue":
         """The queue with every tensor moved."""

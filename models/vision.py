@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from miss.kernels.attention import attention, attention_quantised
+from miss.kernels.dropout import as_seed, uniform
 from miss.kernels.encoder_layer import ImageLayer, image_layer, takes_codes
 from miss.kernels.patch_embed import patch_embed
 from miss.kernels.quant_linear import QuantRows
 from miss.models.config import PreprocessConfig, VisionConfig
-from miss.models.layers import LayerNorm, Mlp, SelfAttention, needs_gradient
+from miss.models.layers import LayerNorm, Mlp, SelfAttention, mix, needs_gradient
 from miss.models.linear import Panels
 
 
@@ -94,29 +95,30 @@ class VisionBlock(nn.Module):
             self.prepare()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (I, 1 + N, C) -> the same shape."""
-        if self._whole is not None and not self._drops and not needs_gradient(x):
+    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
+        """x (I, 1 + N, C) -> the same shape; branches are left out in training alone, and only with a seed."""
+        if self._whole is not None and not self._drops(seed) and not needs_gradient(x):
             return image_layer(x, self._whole, self.attention.num_heads)
         attended = self.attention(self.norm1.feed(x, self.attention.qkv))
-        h, x = self.norm2.add_feed(self._branch(attended), x, self.mlp.input)
-        return x + self._branch(self.mlp(h)) if self._drops else self.mlp(h, residual=x)
+        if not self._drops(seed):
+            h, x = self.norm2.add_feed(attended, x, self.mlp.input)
+            return self.mlp(h, residual=x)
+        h, x = self.norm2.add(self._branch(attended, mix(seed, 0)), x)
+        return x + self._branch(self.mlp(h), mix(seed, 1))
 
     def first(self, x: Tensor) -> Tensor:
-        """What `forward` gives each image's [CLS] alone: x (I, 1 + N, C) -> (I, C)."""
+        """What `forward` gives each image's [CLS] alone, without a seed: x (I, 1 + N, C) -> (I, C)."""
         attended = self.attention.first(self.norm1(x))
-        h, x = self.norm2.add(self._branch(attended), x[:, 0])
-        return x + self._branch(self.mlp(h)) if self._drops else self.mlp(h, residual=x)
+        h, x = self.norm2.add(attended, x[:, 0])
+        return self.mlp(h, residual=x)
 
-    @property
-    def _drops(self) -> bool:
-        return self.training and self.drop_path > 0
+    def _drops(self, seed: int | None) -> bool:
+        return seed is not None and self.training and self.drop_path > 0
 
-    def _branch(self, x: Tensor) -> Tensor:
-        if not self._drops:
-            return x
-        keep = 1 - self.drop_path
-        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < keep
+    def _branch(self, x: Tensor, seed: int | None) -> Tensor:
+        keep, drawn = 1 - self.drop_path, as_seed(seed, self.drop_path)
+        assert drawn is not None
+        kept = uniform(drawn, (len(x), *[1] * (x.dim() - 1)), x.device) < keep
         return x * (kept.to(x.dtype) / keep)
 
 
@@ -135,15 +137,16 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels uint8 or float (I, height, width, 3); height and width multiples of the patch size.
+    def forward(self, pixels: Tensor, seed: int | None = None) -> Tensor:
+        """pixels uint8 or float (I, height, width, 3); height and width multiples of the patch size. `seed`: draws, in
+        training, the branches that are left out; None leaves none out.
 
         Raises:
             ValueError: height or width is not a multiple of the patch size.
         """
         x = self._embedded(pixels)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mix(seed, i))
         return self.norm(x)
 
     def first(self, pixels: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class MissVQA(nn.Module):
         """
         if (batch.pixels is None) == (batch.image_tokens is None):
             raise ValueError("a batch carries either pixels or image_tokens")
-        tokens = batch.image_tokens if batch.pixels is None else self.encode_images(batch.pixels)
+        tokens = batch.image_tokens if batch.pixels is None else self.vision(batch.pixels, mix(seed, 0))
         assert tokens is not None
         states = self.encode_questions(
             batch.question_ids, batch.question_lengths, self.project_images(tokens), batch.image_index, mix(seed, 1)

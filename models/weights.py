@@ -31,7 +31,7 @@ from miss.models.vqa import MissVQA
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 PREPROCESSOR, GENERATION, CARD = "preprocessor_config.json", "generation_config.json", "README.md"
 SEALED = (CONFIG, PREPROCESSOR, TOKENIZER)  # files whose digests stand in the header of the weights
-MODEL_TYPE = "miss"
+MODEL_TYPE, PRETRAINING_TYPE = "miss", "miss-pretraining"
 
 
 class HasText(Protocol):
@@ -80,9 +80,11 @@ def write_checkpoint(
     card: str | None = None,
     files: Mapping[str, bytes] | None = None,
     quantization: Mapping[str, Any] | None = None,
+    objective: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint folder from tensors under our names; see `save_checkpoint`."""
-    contents = dict(files or {}) | config_files(config, quantization)
+    """Writes a checkpoint folder from tensors under our names; see `save_checkpoint`. With an `objective` it is a
+    pretraining model's."""
+    contents = dict(files or {}) | config_files(config, quantization, objective)
     folder = Path(folder)
     if tokenizer is None and (folder / TOKENIZER).is_file():
         tokenizer = (folder / TOKENIZER).read_bytes()
@@ -99,13 +101,17 @@ def write_checkpoint(
         write_tensors(plain, temporary / WEIGHTS, metadata)
 
 
-def config_files(config: MissConfig, quantization: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+def config_files(
+    config: MissConfig, quantization: Mapping[str, Any] | None = None, objective: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
     """The three JSON files of a configuration: the model's, the preprocessing's, the generation defaults'."""
     values = config.to_dict()
     preprocess, generation = values.pop("preprocess"), values.pop("generation")
     model = {"model_type": MODEL_TYPE, **values}
     if quantization is not None:
         model["quantization"] = dict(quantization)
+    if objective is not None:
+        model |= {"model_type": PRETRAINING_TYPE, "objective": dict(objective)}
     return {CONFIG: _json(model), PREPROCESSOR: _json(preprocess), GENERATION: _json(generation)}
 
 
@@ -125,6 +131,15 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[MissConfig, dict[str, A
             f"`miss convert`"
         )
     quantization = values.pop("quantization", None)
+    return configuration(folder, values), quantization
+
+
+def configuration(folder: Path, values: dict[str, Any]) -> MissConfig:
+    """The configuration of a folder from what its config.json says of it and the files beside.
+
+    Raises:
+        ConfigError, CheckpointError: as `read_config`.
+    """
     parts: dict[str, tuple[str, type]] = {
         "preprocess": (PREPROCESSOR, PreprocessConfig),
         "generation": (GENERATION, GenerationConfig),
@@ -135,14 +150,14 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[MissConfig, dict[str, A
         if name == GENERATION and not (folder / name).exists():
             continue
         values[key] = read_json(folder / name)
-        with _naming(folder / name):
+        with naming(folder / name):
             from_dict(kind, values[key])
-    with _naming(folder / CONFIG):
-        return MissConfig.from_dict(values), quantization
+    with naming(folder / CONFIG):
+        return MissConfig.from_dict(values)
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Puts the file's name before a configuration's errors."""
     try:
         yield

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from miss.models.config import MissConfig, TextConfig
+from miss.models.objectives import HIDDEN
 from miss.models.pretrain import ObjectiveConfig, PretrainBatch
 from miss.models.vqa import VQABatch
 
@@ -60,12 +61,17 @@ def training_flops(config: MissConfig, batch: VQABatch, train_vision: bool, trai
 
 
 def pretraining_flops(
-    config: MissConfig, objective: ObjectiveConfig, batch: PretrainBatch, alpha: bool = True
+    config: MissConfig,
+    objective: ObjectiveConfig,
+    batch: PretrainBatch,
+    alpha: bool = True,
+    hidden: int | None = None,
 ) -> float:
     """Forward and backward FLOPs of a pretraining step as `models/pretrain.py` runs it.
 
     A negative text counts as long as the pair's own: which is drawn stands on the device. The momentum twin has a
     forward only, patches get no gradient, the queue's features none. `alpha`: whether the twin's opinion counts.
+    `hidden`: how many words MLM hid (`Losses.numbers`), else as many as are to be expected.
     """
     v, e, d, width = config.vision, config.encoder, config.decoder, objective.feature_width
     images, lengths = len(batch.ids), batch.lengths.double()
@@ -80,10 +86,14 @@ def pretraining_flops(
     captions = text_flops(d, lengths - 1, tokens) + 2.0 * words * d.hidden_size * (d.hidden_size + d.vocab_size)
     projections = 2.0 * images * width * (v.hidden_size + e.hidden_size)
     contrast = 4.0 * images * (images + objective.queue_size) * width
-    negatives = 4.0 * images**2 * width
+    among = min(objective.negatives_among or images, images)
+    negatives = 4.0 * images * among * width
     trained = vision + image_kv + alone + matching + captions + projections + 12.0 * images * e.hidden_size
     twin = vision - images * last + alone + projections + (contrast if alpha else 0.0)
-    masked = text_flops(e, lengths, tokens) + 2.0 * words * e.hidden_size**2 if objective.mlm else 0.0
+    masked = 0.0
+    if objective.mlm:
+        hidden_words = HIDDEN * float((lengths - 2).clamp(min=0).sum()) if hidden is None else hidden
+        masked = text_flops(e, lengths, tokens) + 2.0 * hidden_words * e.hidden_size * (e.hidden_size + e.vocab_size)
     return 3 * (trained + masked) - patches + 2 * contrast + twin + negatives
 
 

