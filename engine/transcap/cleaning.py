@@ -67,7 +67,8 @@ class Cleaner:
         found = mentions(caption)
         clauses = _clauses(caption)
         misplaced = [*self._misplaced(found, clauses), *self._not_denied(found)]
-        return [*self._form(caption), *self._missing(found), *self._unsupported(found), *misplaced]
+        form = self._form(caption) or self._twice(found)
+        return [*form, *self._missing(found), *self._unsupported(found), *misplaced]
 
     def _form(self, caption: str) -> list[Problem]:
         tokens = stems(caption)
@@ -92,6 +93,16 @@ class Cleaner:
             twice += [" ".join(g) for g, count in Counter(grams).items() if count > max(1, known[g])]
         content = Counter(t for t in tokens if t not in NEUTRAL)
         return twice + [t for t, count in content.items() if count > max(2, own.count(t) + 1)]
+
+    def _twice(self, found: list[Mention]) -> list[Problem]:
+        """A modality or an organ that is named more often than the labels name it."""
+        kinds = ("modality", "organ", "plane")
+        counts = Counter(m.name for m in found if m.concept and m.concept.kind in kinds)
+        labels = [m for said in self.said for m in said]
+        for name, count in counts.items():
+            if count > max(1, sum(name == m.name or bool(m.concept and name in m.concept.allows) for m in labels)):
+                return [Problem("repeats", name)]
+        return []
 
     def _missing(self, found: list[Mention]) -> list[Problem]:
         names = {m.name for m in found} | {word for m in found for word in m.text.split()}

@@ -101,9 +101,12 @@ class LocalWriter:
         settings = f"temperature {self.temperature}, top-p {self.top_p}, max-tokens {self.max_tokens}"
         return {"model": self.path.name, "revision": self._revision, "sampling": settings}
 
-    def write(self, sets: Sequence[LabelSet], wanted: int, seed: int) -> list[Written]:
+    def prepare(self) -> None:
         if self._loaded is None:
             self._loaded = load(self.path)
+
+    def write(self, sets: Sequence[LabelSet], wanted: int, seed: int) -> list[Written]:
+        self.prepare()
         with torch.inference_mode():
             return [self._write_one(s, wanted, number(seed, s.key, self.prompt.hash)) for s in sets]
 

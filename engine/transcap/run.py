@@ -81,6 +81,8 @@ def run(
         batches = [sets[i : i + config.batch] for i in range(0, len(sets), config.batch)]
         done = sum(len(b["sets"]) for b in store.batches)
         tell(done, None)
+        if len(store.batches) < len(batches):
+            writer.prepare()
         for batch in batches[len(store.batches) :]:
             start = time.perf_counter()
             written = writer.write(batch, config.candidates, config.seed)

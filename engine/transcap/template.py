@@ -63,6 +63,9 @@ class TemplateWriter:
     def identity(self) -> dict[str, str]:
         return {"model": "template", "revision": VERSION}
 
+    def prepare(self) -> None:
+        """There is nothing to load."""
+
     def write(self, sets: Sequence[LabelSet], wanted: int, seed: int) -> list[Written]:
         return [Written([Candidate(text) for text in captions(s.facts, wanted, number(seed, s.key))]) for s in sets]
 

@@ -25,8 +25,8 @@ class Concept:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers without punctuation: "T2-weighted" is t2, weighted; "isn't" is is, not."""
-    return re.findall(r"[^\W_]+", re.sub(r"n['’]t\b", " not", text.lower()))
+    """Lower-case words and numbers without punctuation: "T2-weighted" is t2, weighted; "isn't" is, not; "Crohn's" crohn."""
+    return re.findall(r"[^\W_]+", re.sub(r"['’]s\b", "", re.sub(r"n['’]t\b", " not", text.lower())))
 
 
 def stem(word: str) -> str:
@@ -290,7 +290,7 @@ NEUTRAL = frozenset(
         structure structures system side orientation oriented technique method modality plane organ type sequence performed
         detail details detailed close consist consistent focus focused focusing subject subjects label labeled
         feature features featuring appear appears appearing identify identified can we through evidence via contain
-        contains containing indicate indicates indicated indicating highlight highlights highlighting""".split(),
+        contains containing indicate indicates indicated indicating highlight highlights highlighting highlighted found example""".split(),
     )
 )
 OF_FINDINGS = frozenset(  # what may be said of any finding, where the labels state one that is not "normal"

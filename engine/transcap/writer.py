@@ -48,6 +48,14 @@ class Writer(Protocol):
         """The model and its revision: what a resumed run must find unchanged."""
         ...
 
+    def prepare(self) -> None:
+        """Loads what is needed, so that the first batch's time is that of writing.
+
+        Raises:
+            WriterError: it cannot be had here.
+        """
+        ...
+
     def write(self, sets: Sequence[LabelSet], wanted: int, seed: int) -> list[Written]:
         """Up to `wanted` candidates for each set, in order.
 
