@@ -102,7 +102,8 @@ def test_a_word_that_nobody_knows_is_rejected(facts, word, seed):
 def test_a_caption_that_leaves_a_label_out_is_rejected(facts, seed):
     for left_out in range(len(facts)):
         rest = facts[:left_out] + facts[left_out + 1 :]
-        if rest and not set(words(facts[left_out][1])) & {w for _, v in rest for w in words(v)}:
+        own = {m.name for m in mentions(facts[left_out][1])}
+        if rest and not own & {m.name for _, value in rest for m in mentions(value)}:
             found = Cleaner(facts).problems(captions(rest, 1, seed)[0])
             assert any(p.rule == "missing" for p in found), captions(rest, 1, seed)[0]
 

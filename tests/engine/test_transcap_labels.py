@@ -119,4 +119,4 @@ def test_the_real_files(name, images, sets):
     labels = read_labels(path)
     assert (labels.num_images, len(labels.sets)) == (images, sets)
     modalities = [dict(s.facts).get("modality") for s in labels.sets]
-    assert sum(m is None for m in modalities) < 0.02 * sets
+    assert sum(m is None for m in modalities) < 0.06 * sets  # those whose only answer about it is a no
