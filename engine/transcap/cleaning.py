@@ -84,7 +84,7 @@ class Cleaner:
 
     def _repeats(self, tokens: tuple[str, ...]) -> list[str]:
         """What is said twice and not so by the labels: a word at once, four words, three of which two state something,
-        one that states something three times."""
+        one that states something more often than they do."""
         own = self.label_words
         twice = [a for a, b in _grams(tokens, 2) if a == b and (a, b) not in _grams(own, 2)]
         for n in (3, 4):
@@ -92,15 +92,14 @@ class Cleaner:
             grams = [g for g in _grams(tokens, n) if n == 4 or sum(t not in NEUTRAL for t in g) > 1]
             twice += [" ".join(g) for g, count in Counter(grams).items() if count > max(1, known[g])]
         content = Counter(t for t in tokens if t not in NEUTRAL)
-        return twice + [t for t, count in content.items() if count > max(2, own.count(t) + 1)]
+        return twice + [t for t, count in content.items() if count > max(1, own.count(t))]
 
     def _twice(self, found: list[Mention]) -> list[Problem]:
         """A modality or an organ that is named more often than the labels name it."""
         kinds = ("modality", "organ", "plane")
-        counts = Counter(m.name for m in found if m.concept and m.concept.kind in kinds)
         labels = [m for said in self.said for m in said]
-        for name, count in counts.items():
-            if count > max(1, sum(name == m.name or bool(m.concept and name in m.concept.allows) for m in labels)):
+        for name in dict.fromkeys(m.name for m in found if m.concept and m.concept.kind in kinds):
+            if _count(name, found) > max(1, _count(name, labels)):
                 return [Problem("repeats", name)]
         return []
 
@@ -199,6 +198,11 @@ def _supported(key: str, value: str) -> frozenset[str]:
 def _is_stated(mention: Mention, names: set[str]) -> bool:
     ways = mention.concept.stated_by if mention.concept else ()
     return mention.name in names or any(way <= names for way in ways)
+
+
+def _count(name: str, found: list[Mention]) -> int:
+    """How often a concept is named, by itself or as part of another: the skull in "skull and contents"."""
+    return sum(name == m.name or bool(m.concept and name in m.concept.allows) for m in found)
 
 
 def _is_normal(value: str) -> bool:

@@ -115,7 +115,7 @@ class EndpointWriter:
     name = "endpoint"
 
     def __init__(
-        self, endpoint: Endpoint, prompt: Prompt, temperature: float = 0.8, top_p: float = 0.95, max_tokens: int = 48
+        self, endpoint: Endpoint, prompt: Prompt, temperature: float = 0.7, top_p: float = 0.95, max_tokens: int = 48
     ) -> None:
         self.endpoint, self.prompt = endpoint, prompt
         self._sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}

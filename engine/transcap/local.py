@@ -7,6 +7,7 @@ Each label set has a generator of its own, so that what is written for it does n
 """
 
 import copy
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -54,6 +55,7 @@ def revision(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.lru_cache(maxsize=1)
 def load(path: Path) -> tuple[Any, Any]:
     """(model, tokenizer), float32: GGUF's packed weights are unpacked, and its kernels here are no faster in bfloat16.
 
@@ -83,7 +85,7 @@ class LocalWriter:
     name = "local"
 
     def __init__(
-        self, path: Path, prompt: Prompt, temperature: float = 0.8, top_p: float = 0.95, max_tokens: int = 48
+        self, path: Path, prompt: Prompt, temperature: float = 0.7, top_p: float = 0.95, max_tokens: int = 48
     ) -> None:
         if temperature <= 0 or not 0 < top_p <= 1 or max_tokens < 1:
             raise WriterError(
@@ -121,13 +123,12 @@ class LocalWriter:
     def _encode(self, facts: Any) -> list[int]:
         assert self._loaded is not None
         tokenizer = self._loaded[1]
-        if self.prompt.rules and getattr(tokenizer, "chat_template", None):
+        if getattr(tokenizer, "chat_template", None):
             text = tokenizer.apply_chat_template(
                 self.prompt.messages(facts), tokenize=False, add_generation_prompt=True
             )
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        text = (self.prompt.rules + "\n\n" if self.prompt.rules else "") + self.prompt.text(facts)
-        return list(tokenizer(text)["input_ids"])
+        return list(tokenizer(self.prompt.text(facts))["input_ids"])
 
     def _read(self, ids: list[int]) -> tuple[Tensor, Any]:
         """Logits (1, V) behind a prompt, and its keys and values; what all prompts share is read once."""

@@ -21,7 +21,7 @@ from miss.engine.transcap.cleaning import Cleaner, is_same, tidy
 from miss.engine.transcap.labels import Labels, LabelSet
 from miss.engine.transcap.measure import measure
 from miss.engine.transcap.store import Record, RunFolder, json_lines
-from miss.engine.transcap.template import captions as template_captions
+from miss.engine.transcap.sentences import captions as template_captions
 from miss.engine.transcap.writer import Candidate, Writer, Written, number
 
 FORM = 1  # of the files; a folder of another form is not gone on with

@@ -33,8 +33,8 @@ class Args:
     """Folder for captions.jsonl, captions.csv, sets.jsonl (every candidate and why it was rejected), report.json."""
     writer: tuple[str, ...] = ("template",)
     """template (sentence frames, no model), local (a small language model here), endpoint (a server over HTTP)."""
-    prompt: tuple[str, ...] = ("examples",)
-    """examples (worked examples only), rules (instructions, then examples). Templates have none."""
+    prompt: tuple[str, ...] = ("rewrite",)
+    """rewrite (a plain sentence, to be said in other words), labels (the labels as a list). Templates have none."""
     k: int = 5
     """Captions an image."""
     pool: int = 10
@@ -57,7 +57,7 @@ class Args:
     """Keep images that are marked as also being in VQA-RAD."""
     model: str | None = None
     """local: a .gguf file or a folder (default: the packaged SmolLM2-135M); endpoint: the model's name."""
-    temperature: float = 0.8
+    temperature: float = 0.7
     """Of sampling."""
     top_p: float = 0.95
     """Of sampling."""

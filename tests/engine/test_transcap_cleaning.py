@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from miss.engine.transcap.cleaning import Cleaner, is_same, tidy
 from miss.engine.transcap.labels import clean_facts, read_labels
-from miss.engine.transcap.template import ORGANS, captions
+from miss.engine.transcap.sentences import ORGANS, captions
 from miss.engine.transcap.vocabulary import concepts, mentions, stem, words
 from miss.engine.transcap.vqa_med import MODALITIES, PLANES
 from tests.helpers import data_root

@@ -68,7 +68,7 @@ class Slow:
 class Says:
     """A writer that says the same few things of everything."""
 
-    name, prompt = "local", get_prompt("rules")
+    name, prompt = "local", get_prompt("labels")
     identity = {"model": "tests", "revision": "1"}
 
     def __init__(self, *texts):
