@@ -59,7 +59,9 @@ class Cleaner:
         self.supported = frozenset().union(*(_supported(key, value) for key, value in facts))
         self.label_words = [word for _, value in facts for word in stems(value)]
         found = [value for key, value in facts if key in FINDING_KEYS]
-        opened = OF_FINDINGS if any(not _is_normal(value) for value in found) else frozenset({"finding"} if found else ())
+        opened = (
+            OF_FINDINGS if any(not _is_normal(value) for value in found) else frozenset({"finding"} if found else ())
+        )
         self.open_words = NEUTRAL | opened
 
     def problems(self, caption: str) -> list[Problem]:
@@ -174,7 +176,9 @@ def _grams(tokens: tuple[str, ...] | list[str], n: int) -> list[tuple[str, ...]]
 
 def _said(value: str) -> list[Mention]:
     """What a caption must say for a value: its mentions without articles, and without an abbreviation in brackets."""
-    plain = re.sub(r"\((\w+)\)", lambda m: " " if _abbreviates(m[1].lower(), value[: m.start()].lower()) else m[0], value)
+    plain = re.sub(
+        r"\((\w+)\)", lambda m: " " if _abbreviates(m[1].lower(), value[: m.start()].lower()) else m[0], value
+    )
     found = mentions(plain)
     return [m for m in found if m.concept is not None or m.text not in NEUTRAL] or found
 

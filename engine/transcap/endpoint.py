@@ -66,7 +66,9 @@ class Endpoint:
     def __post_init__(self) -> None:
         url = _url(self.url)
         if url.scheme not in ("http", "https") or not url.host:
-            raise EndpointError(f"--url: got {self.url!r}; wanted where the API starts, such as http://127.0.0.1:8000/v1")
+            raise EndpointError(
+                f"--url: got {self.url!r}; wanted where the API starts, such as http://127.0.0.1:8000/v1"
+            )
         if url.userinfo:
             raise EndpointError(f"--url: holds a name or password; a key belongs into ${self.key_variable}")
         if not self.model:
@@ -76,8 +78,8 @@ class Endpoint:
                 raise EndpointError(f"--{name}: got {getattr(self, name)}; wanted at least {least}")
         if self.key() and url.scheme == "http" and url.host not in LOOPBACK:
             raise EndpointError(
-                f"--url: {url.host} over plain http would carry the key of ${self.key_variable} in the clear; use https, "
-                "or unset the variable"
+                f"--url: {url.host} over plain http would carry the key of ${self.key_variable} in the clear; "
+                "use https, or unset the variable"
             )
 
     def key(self) -> str:
@@ -180,10 +182,12 @@ class EndpointWriter:
                     ) from None
                 if attempt < self.endpoint.retries:
                     spread = draw.uniform(0.5, 1.0)  # so that requests that failed together do not come back together
-                    time.sleep(wait if wait is not None else min(LONGEST_WAIT, self.endpoint.backoff * 2**attempt) * spread)
+                    time.sleep(
+                        wait if wait is not None else min(LONGEST_WAIT, self.endpoint.backoff * 2**attempt) * spread
+                    )
         raise EndpointError(
-            f"{self.endpoint.address}: {last}, {self.endpoint.retries + 1} times; what was written is kept: start the same "
-            "command again when the server answers, or give it longer with --timeout and --retries"
+            f"{self.endpoint.address}: {last}, {self.endpoint.retries + 1} times; what was written is kept: start "
+            "the same command again when the server answers, or give it longer with --timeout and --retries"
         )
 
     def _once(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -96,9 +96,7 @@ def read_labels(path: Path, split: str = "train", keep_shared: bool = False) -> 
     return Labels(list(sets.values()), dict(left_out))
 
 
-def _of_split(
-    rows: list[tuple[int, Row]], split: str, keep_shared: bool
-) -> tuple[list[tuple[int, Row]], Counter[str]]:
+def _of_split(rows: list[tuple[int, Row]], split: str, keep_shared: bool) -> tuple[list[tuple[int, Row]], Counter[str]]:
     kept, left_out = [], Counter[str]()
     for number, row in rows:
         if split != "all" and row.get("split", split) != split:

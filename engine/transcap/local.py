@@ -1,4 +1,4 @@
-"""Captions by a small language model in this process: many samples of every prompt, for a strict cleaner to choose from.
+"""Captions by a small language model here: many samples of every prompt, for a strict cleaner to choose from.
 
 Knows transformers and how to sample; does not know files of labels, cleaning or storing.
 
@@ -70,7 +70,9 @@ def load(path: Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(where, local_files_only=True, dtype=torch.float32, **options)
     except ImportError as error:
         reason = " ".join(str(error).split())[:200]
-        raise WriterError(f"--writer local needs gguf and accelerate: pip install 'miss-engine[transcap]' ({reason})") from error
+        raise WriterError(
+            f"--writer local needs gguf and accelerate: pip install 'miss-engine[transcap]' ({reason})"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WriterError(f"{path}: transformers cannot read it: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), tokenizer
@@ -150,7 +152,9 @@ class LocalWriter:
         found = model(ids, use_cache=True, **({name: cache} if cache is not None else {}))
         return found.logits[:, -1].float(), found[name]
 
-    def _sample(self, logits: Tensor, cache: Any, generator: torch.Generator) -> tuple[list[list[int]], list[list[float]]]:
+    def _sample(
+        self, logits: Tensor, cache: Any, generator: torch.Generator
+    ) -> tuple[list[list[int]], list[list[float]]]:
         """Tokens and their log-probabilities for each row of logits (B, V); a row that ends leaves the cache."""
         rows: list[list[int]] = [[] for _ in logits]
         scores: list[list[float]] = [[] for _ in logits]

@@ -2,8 +2,8 @@
 
 Knows the order of things; does not know any writer, nor how files are kept whole.
 
-Captions are written once for each label set. A set that many images share gets a pool of up to `pool` captions, of which
-every image draws `k` by the seed and its name.
+Captions are written once for each label set. A set that many images share gets a pool of up to `pool` captions, of
+which every image draws `k` by the seed and its name.
 """
 
 import csv
@@ -20,8 +20,8 @@ from typing import Any
 from miss.engine.transcap.cleaning import Cleaner, is_same, tidy
 from miss.engine.transcap.labels import Labels, LabelSet
 from miss.engine.transcap.measure import measure
-from miss.engine.transcap.store import Record, RunFolder, json_lines
 from miss.engine.transcap.sentences import captions as template_captions
+from miss.engine.transcap.store import Record, RunFolder, json_lines
 from miss.engine.transcap.writer import Candidate, Writer, Written, number
 
 FORM = 1  # of the files; a folder of another form is not gone on with
@@ -148,9 +148,7 @@ def _settings(sets: list[LabelSet], writer: Writer, config: TransCapConfig) -> R
     return {"form": FORM, "labels": digest[:16], "writer": writer.name, **writer.identity, **prompt, **asdict(config)}
 
 
-def _finish(
-    store: RunFolder, sets: list[LabelSet], labels: Labels, writer: Writer, config: TransCapConfig
-) -> Record:
+def _finish(store: RunFolder, sets: list[LabelSet], labels: Labels, writer: Writer, config: TransCapConfig) -> Record:
     records = [record for batch in store.batches for record in batch["sets"]]
     rows = _rows(sets, records, writer, config)
     report = {
@@ -162,7 +160,11 @@ def _finish(
         "images_without_caption": sorted({i for s in sets for i in s.images} - {row["image"] for row in rows}),
         **measure(records, sum(batch["seconds"] for batch in store.batches), writer.name),
     }
-    files = {"sets.jsonl": json_lines(records), "captions.jsonl": json_lines(rows), "captions.csv": _csv(rows, config.k)}
+    files = {
+        "sets.jsonl": json_lines(records),
+        "captions.jsonl": json_lines(rows),
+        "captions.csv": _csv(rows, config.k),
+    }
     store.finish({**files, "report.json": json.dumps(report, indent=2, ensure_ascii=False).encode()})
     return report
 
@@ -193,7 +195,9 @@ def _rows(sets: list[LabelSet], records: list[Record], writer: Writer, config: T
 def _merge(facts: Any) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for key, value in facts:
-        merged[key] = value if key not in merged else [*([merged[key]] if isinstance(merged[key], str) else merged[key]), value]
+        merged[key] = (
+            value if key not in merged else [*([merged[key]] if isinstance(merged[key], str) else merged[key]), value]
+        )
     return merged
 
 

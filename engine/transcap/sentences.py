@@ -106,8 +106,12 @@ def _values(facts: Facts, keys: tuple[str, ...] | frozenset[str]) -> list[str]:
 def _image(facts: Facts, draw: random.Random) -> str:
     """ "axial T2-weighted MRI scan"; "medical image" where no modality is known."""
     modalities = _values(facts, ("modality",))
-    called = [draw.choice(IMAGES.get(m.lower(), (m, f"{m} image") if m.split()[-1] != "scan" else (m,))) for m in modalities]
-    return " ".join([*_values(facts, ("plane",)), *_values(facts, ("sequence",)), " and ".join(called) or "medical image"])
+    called = [
+        draw.choice(IMAGES.get(m.lower(), (m, f"{m} image") if m.split()[-1] != "scan" else (m,))) for m in modalities
+    ]
+    return " ".join(
+        [*_values(facts, ("plane",)), *_values(facts, ("sequence",)), " and ".join(called) or "medical image"]
+    )
 
 
 def _place(facts: Facts, draw: random.Random) -> str:

@@ -45,7 +45,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise StoreError(f"{folder}: another process is writing there; wait for it, or give another --out") from None
+            raise StoreError(
+                f"{folder}: another process is writing there; wait for it, or give another --out"
+            ) from None
         try:
             if resume == "none":
                 (folder / SETTINGS).unlink(missing_ok=True)

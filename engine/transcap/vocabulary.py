@@ -1,6 +1,6 @@
-"""The words of captions: which mean the same, which state something that labels must support, which state nothing.
+"""What a text says: its concepts, whatever words say them, and the words that are none.
 
-Knows English radiology words; does not know labels, captions or rules.
+Knows the tables of terms; does not know labels, captions or rules.
 
 A concept is one meaning with all its phrases. What a concept `allows` may be said where it is a label, what it is
 `stated_by` states it in full: an image labelled "skull and contents" may be called one of the head.
@@ -9,6 +9,8 @@ A concept is one meaning with all its phrases. What a concept `allows` may be sa
 import re
 from dataclasses import dataclass
 from functools import cache
+
+from miss.engine.transcap import terms
 
 Tokens = tuple[str, ...]
 
@@ -25,7 +27,7 @@ class Concept:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers without punctuation: "T2-weighted" is t2, weighted; "isn't" is, not; "Crohn's" crohn."""
+    """Lower-case words and numbers without punctuation: "T2-weighted" is t2 and weighted, "isn't" is and not."""
     return re.findall(r"[^\W_]+", re.sub(r"['’]s\b", "", re.sub(r"n['’]t\b", " not", text.lower())))
 
 
@@ -46,271 +48,21 @@ def stems(text: str) -> Tokens:
     return tuple(map(stem, words(text)))
 
 
-SAME = {  # kind: meanings of one line each; phrases of a meaning are separated by commas, the first is its name
-    "modality": """
-        ct, ct scan, cat scan, computed tomography, computed tomographic, computerized tomography, ct image
-        mri, mr, mri scan, mr scan, mr image, magnetic resonance, magnetic resonance imaging
-        x ray, xray, radiograph, plain film, x ray film, plain radiograph, xr, radiography, radiographic
-        ultrasound, ultrasonography, sonogram, sonography, us, sonographic, ultrasound scan, ultrasonographic
-        doppler ultrasound, doppler sonogram, doppler ultrasonography
-        doppler
-        angiogram, angiography, angiographic
-        venogram, venography
-        myelogram, myelography
-        mammogram, mammography, mammographic, mammograph
-        barium, barium study
-        fluoroscopy, fluoroscopic
-        nuclear medicine scan, nuclear medicine, nuclear medicine study, scintigraphy, scintigram
-        pet, pet scan, positron emission tomography
-        spect
-        tomography, tomographic, tomogram
-        histology, histologic, histological, microscopy, microscopic, pathology slide
-        photograph, photo
-        endoscopy, endoscopic
-        dermoscopy
-        illustration, drawing, sketch
-        schematic, diagram
-        video
-    """,
-    "technique": """
-        contrast, contrast enhanced, with contrast, contrast enhancement, contrast medium, contrast agent
-        without contrast, noncontrast, non contrast, unenhanced, no contrast, non enhanced, non contrast enhanced
-        gadolinium, gd, gadolinium enhanced, with gadolinium
-        intravenous, iv
-        t1, t1w, t1 weighted
-        t2, t2w, t2 weighted
-        flair, fluid attenuated inversion recovery
-        dwi, diffusion weighted
-        stir
-        fiesta
-    """,
-    "plane": """
-        axial
-        transverse, transversal
-        sagittal
-        coronal
-        lateral, lateral view
-        frontal
-        anteroposterior, ap
-        posteroanterior, pa
-        oblique
-        longitudinal
-        decubitus
-        craniocaudal, cc
-        mediolateral oblique, mlo
-    """,
-    "organ": """
-        head
-        brain, cerebral, cerebrum, intracerebral
-        cerebellum, cerebellar
-        skull, cranium, cranial
-        intracranial
-        face, facial
-        sinus
-        neck
-        cervical
-        orbit, orbital
-        eye, ocular
-        ear
-        throat
-        larynx, laryngeal
-        pharynx, pharyngeal
-        thyroid
-        chest, thorax, thoracic
-        lung, pulmonary
-        mediastinum, mediastinal
-        pleura, pleural
-        heart, cardiac
-        great vessel
-        aorta, aortic
-        rib
-        diaphragm
-        breast, mammary
-        abdomen, abdominal
-        liver, hepatic
-        gallbladder
-        kidney, renal
-        spleen, splenic
-        pancreas, pancreatic
-        stomach, gastric
-        esophagus, esophageal, oesophagus
-        bowel, intestine, intestinal
-        colon, colonic
-        colorectal
-        rectum, rectal
-        appendix
-        gastrointestinal, digestive, gi
-        genitourinary, urogenital
-        musculoskeletal
-        vascular, vessel, blood vessel
-        lymphatic, lymph node, lymph
-        artery, arterial
-        vein, venous
-        bladder
-        prostate, prostatic
-        uterus, uterine
-        ovary, ovarian
-        testis, testicular
-        pelvis, pelvic
-        spine, spinal, vertebral column, spinal column
-        vertebra
-        lumbar
-        disc, disk
-        spinal cord
-        bone, bony
-        joint
-        muscle, muscular
-        shoulder
-        arm
-        elbow
-        forearm
-        wrist
-        hand
-        finger
-        hip
-        leg
-        thigh
-        femur, femoral
-        knee
-        tibia, tibial
-        ankle
-        foot, feet
-        skin, dermal
-        nerve
-        tooth, teeth, dental
-        heart and great vessel
-        skull and content, skull and its content
-        spine and content, spine and its content
-        lung mediastinum pleura, lung mediastinum and pleura
-        face sinus and neck
-        vascular and lymphatic
-    """,
-    "side": """
-        left, left sided
-        right, right sided
-        bilateral, bilaterally, both
-        unilateral
-    """,
-    "negation": """
-        no, not, without, absent, absence, negative, never, neither, nor, none, lack, lacking
-        non
-        free
-        deny, denied
-        cannot
-    """,
-    "hedge": """
-        possible, possibly, may, might, could
-        likely, probable, probably
-        unlikely
-        suspected, suspicious
-        suggest, suggesting, suggestive
-        questionable
-        rule out, ruled out
-        rather, instead, unlike, except
-    """,
-    "normality": """
-        normal, unremarkable, no abnormality, no abnormal finding, normal appearance
-        healthy
-        intact
-        clear
-    """,
-    "sex": """
-        male, man, boy, men, he, his, him
-        female, woman, girl, women, she, her, pregnant
-    """,
-    "age": """
-        age, aged, old, year old
-        adult
-        elderly
-        child, children, pediatric, paediatric
-        infant, newborn, baby, neonatal
-        teenager, teenage, adolescent
-        young
-    """,
-    "finding": """
-        fracture, fractured, broken
-        tumor, tumour, neoplasm, neoplastic
-        mass
-        cancer, cancerous
-        malignant, malignancy
-        carcinoma
-        metastasis, metastatic, metastases
-        hemorrhage, haemorrhage, hemorrhagic, bleeding, bleed
-        hematoma, haematoma
-        edema, oedema
-        effusion
-        pneumonia
-        pneumothorax
-        nodule
-        lesion
-        cyst
-        infarct, infarction, stroke
-        embolism, embolus
-        aneurysm
-        stenosis
-        calcification, calcified
-        hernia
-        herniation, herniated
-        abscess
-        infection, infected
-        inflammation, inflamed
-        opacity
-        consolidation
-        swelling, swollen
-        obstruction, obstructed
-        transplant, transplantation
-        surgery, surgical, operation
-        resection
-        disease, diseased
-        injury, injured
-        trauma, traumatic
-    """,
-}
-RELATED: dict[str, tuple[str, str]] = {  # name: (what it allows, what states it: `|` or, spaces and)
-    "doppler ultrasound": ("ultrasound doppler", "doppler"),
-    "heart and great vessel": ("heart great_vessel", "heart great_vessel"),
-    "gadolinium": ("contrast", ""),
-    "skull and content": ("skull head brain intracranial", "skull|head|brain"),
-    "spine and content": ("spine", "spine"),
-    "lung mediastinum pleura": ("lung mediastinum pleura chest", "chest|lung mediastinum pleura"),
-    "face sinus and neck": ("face sinus neck", "face sinus neck"),
-    "vascular and lymphatic": ("vascular lymphatic", "vascular lymphatic"),
-}
-NEUTRAL = frozenset(
-    map(
-        stem,
-        """a an the this that these those here there it its is are was be being been of in on at by with from for and as to
-        which where within into image imaging imaged picture scan scanned study examination exam view viewed film series
-        show shows shown showing display displays displayed displaying depict depicts depicted depicting demonstrate
-        demonstrates demonstrated demonstrating present presents presented presenting reveal reveals revealed revealing
-        see sees seen visible visualized visualised visualizing visualize visualizes view views include includes included
-        capture captures captured capturing take taken obtain obtained acquire acquired acquiring use used using
-        make made provide provides illustrate illustrates illustrated illustrating represent represents represented
-        medical clinical diagnostic radiology radiological radiologic patient human body part region area anatomy anatomical
-        structure structures system side orientation oriented technique method modality plane organ type sequence performed
-        detail details detailed close consist consistent focus focused focusing subject subjects label labeled
-        feature features featuring appear appears appearing identify identified can we through evidence via contain
-        contains containing indicate indicates indicated indicating highlight highlights highlighting highlighted found example""".split(),
-    )
-)
-OF_FINDINGS = frozenset(  # what may be said of any finding, where the labels state one that is not "normal"
-    map(stem, "abnormality abnormal finding diagnosis diagnosed diagnostic condition pathology case affected".split())
-)
-FINDING_KEYS = frozenset({"abnormality", "finding", "diagnosis", "disease", "pathology", "condition", "label", "class"})
-
-
-LONGEST = 5  # words of a phrase
+NEUTRAL = frozenset(map(stem, terms.NEUTRAL.split()))
+OF_FINDINGS = frozenset(map(stem, terms.OF_FINDINGS.split()))  # where the labels state one that is not "normal"
+FINDING_KEYS = terms.FINDING_KEYS
+LONGEST = max(len(stems(phrase)) for text in terms.SAME.values() for phrase in text.replace("\n", ",").split(","))
 
 
 @cache
 def concepts() -> dict[str, Concept]:
     """All concepts by name."""
     found = {}
-    for kind, lines in SAME.items():
+    for kind, lines in terms.SAME.items():
         for line in lines.strip().splitlines():
             phrases = tuple(dict.fromkeys(stems(phrase) for phrase in line.split(",") if phrase.strip()))
             name = " ".join(phrases[0])
-            allows, stated = RELATED.get(name, ("", ""))
+            allows, stated = terms.RELATED.get(name, ("", ""))
             ways = tuple(frozenset(way.replace("_", " ") for way in w.split()) for w in stated.split("|") if w)
             allowed = frozenset(a.replace("_", " ") for a in allows.split())
             found[name] = Concept(kind, name, phrases, allowed, ways)

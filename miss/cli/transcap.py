@@ -1,4 +1,4 @@
-"""`miss transcap`: captions for images that have labels only, by templates or a language model, cleaned, with provenance.
+"""`miss transcap`: captions for images that have labels only, by templates or a language model, cleaned, sourced.
 
 Knows flags and what to show; the transcap room does the rest.
 """
@@ -143,7 +143,9 @@ def make_writer(args: Args, name: str, prompt: str) -> "Writer":
         return LocalWriter(find_model(args.model), get_prompt(prompt), **sampling)  # type: ignore[arg-type]
     from miss.engine.transcap.endpoint import Endpoint, EndpointWriter
 
-    endpoint = Endpoint(args.url, args.model or "", args.key_variable, args.timeout, args.retries, args.rate, args.parallel)
+    endpoint = Endpoint(
+        args.url, args.model or "", args.key_variable, args.timeout, args.retries, args.rate, args.parallel
+    )
     return EndpointWriter(endpoint, get_prompt(prompt), **sampling)  # type: ignore[arg-type]
 
 
@@ -189,12 +191,15 @@ def show(folder: Path, report: dict[str, Any]) -> None:
     """A run in a few lines, what was left out included."""
     tokens = ", ".join(f"{count:,} {kind}" for kind, count in report["tokens"].items())
     print(
-        f"{folder}: {report['images']:,} images of {report['label_sets']:,} label sets (of {report['label_sets_in_file']:,}), "
-        f"{report['kept']:,} captions kept, {report['filled']:,} filled, {report['rejected']:,} rejected, "
+        f"{folder}: {report['images']:,} images of {report['label_sets']:,} label sets "
+        f"(of {report['label_sets_in_file']:,}), {report['kept']:,} captions kept, {report['filled']:,} filled, "
+        f"{report['rejected']:,} rejected, "
         f"{report['seconds']:.1f} s" + (f"; tokens: {tokens}" if tokens else "")
     )
     for what, count in report["left_out"].items():
         print(f"  left out: {count:,} {what}")
     if report["images_without_caption"]:
         names = report["images_without_caption"]
-        print(f"  no caption was kept for {len(names):,} images: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
+        print(
+            f"  no caption was kept for {len(names):,} images: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+        )

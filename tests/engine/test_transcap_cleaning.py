@@ -83,7 +83,9 @@ def test_another_organ_is_rejected(facts, organ, seed):
         assert Cleaner(facts).problems(planted), planted
 
 
-@given(label_sets(), st.sampled_from([c for c in concepts().values() if c.kind in ("modality", "finding", "sex", "age")]))
+@given(
+    label_sets(), st.sampled_from([c for c in concepts().values() if c.kind in ("modality", "finding", "sex", "age")])
+)
 def test_another_modality_finding_sex_or_age_is_rejected(facts, concept):
     if concept.name in {n for kind in ("modality", "finding", "plane") for n in said_kinds(facts, kind)}:
         return
@@ -121,7 +123,10 @@ DENIED = (("modality", "x-ray"), ("organ", "hand"), ("finding", "no fracture"))
         (CHEST, "The thorax is seen on this CT scan of a patient."),
         ((("modality", "MRI"), ("organ", "skull and contents")), "MR image of the brain."),
         ((("modality", "CT"), ("organ", "lung, mediastinum, pleura")), "CT of the chest."),
-        ((("organ", "brain"), ("abnormality", "arteriovenous malformation (avm)")), "Brain with AVM, an arteriovenous malformation."),
+        (
+            (("organ", "brain"), ("abnormality", "arteriovenous malformation (avm)")),
+            "Brain with AVM, an arteriovenous malformation.",
+        ),
         ((("organ", "brain"), ("abnormality", "normal")), "No abnormality of the brain is seen."),
         ((("modality", "CT"), ("technique", "with intravenous contrast")), "CT image with IV contrast."),
         (TWO_SIDES, "Left effusion and right mass are shown."),

@@ -14,10 +14,9 @@ pytest.importorskip("httpx", reason="httpx is not installed: pip install 'miss-e
 
 from miss.cli import run as miss
 from miss.engine.transcap.endpoint import Endpoint, EndpointError, EndpointWriter, retry_after
-from miss.engine.transcap.labels import LabelSet
+from miss.engine.transcap.labels import Labels, LabelSet
 from miss.engine.transcap.prompts import get_prompt
 from miss.engine.transcap.run import TransCapConfig, run
-from miss.engine.transcap.labels import Labels
 
 KEY = "sk-very-secret"
 SETS = [LabelSet((("modality", "CT"), ("organ", organ)), [f"{organ}.png"]) for organ in ("chest", "head", "hand")]
@@ -76,8 +75,15 @@ def send(handler, status, content, **headers):
 
 def good(handler, body):
     organ = body["messages"][-1]["content"].rstrip(".").split()[-1]
-    texts = [f"A CT of the {organ}.", f"CT scan showing the {organ}.", f"The {organ} is visible on this CT image.", f"{organ} with a tumour"]
-    choices = [{"message": {"content": t}, "finish_reason": "stop"} for t in texts[: min(body["n"], handler.server.most)]]
+    texts = [
+        f"A CT of the {organ}.",
+        f"CT scan showing the {organ}.",
+        f"The {organ} is visible on this CT image.",
+        f"{organ} with a tumour",
+    ]
+    choices = [
+        {"message": {"content": t}, "finish_reason": "stop"} for t in texts[: min(body["n"], handler.server.most)]
+    ]
     usage = {"prompt_tokens": 100, "completion_tokens": 10 * len(choices)}
     send(handler, 200, json.dumps({"model": "served-1", "choices": choices, "usage": usage}).encode())
 

@@ -89,7 +89,10 @@ def test_a_damaged_line_is_named(write, tmp_path):
         ([("modality", "what is the mr weighting in this image?", "t2")], "MRI; T2-weighted"),
         ([("modality", "is this a t1 weighted image?", "yes")], "MRI; T1-weighted"),
         (
-            [("modality", "what was used?", "cta - ct angiography"), ("plane", "in what plane is this ct scan?", "axial")],
+            [
+                ("modality", "what was used?", "cta - ct angiography"),
+                ("plane", "in what plane is this ct scan?", "axial"),
+            ],
             "CT angiography; axial",
         ),
         ([("plane", "what plane is this?", "mammo - mlo")], "mediolateral oblique"),
@@ -97,7 +100,10 @@ def test_a_damaged_line_is_named(write, tmp_path):
         ([("abnormality", "is this image normal?", "no")], []),
         ([("abnormality", "is there an abnormality in the x-ray?", "no")], "x-ray; normal"),
         ([("abnormality", "is there an abnormality in the x-ray?", "yes")], "x-ray"),
-        ([("abnormality", "what is abnormal in the mri?", "cyst"), ("organ", "which organ?", "breast")], "MRI; breast; cyst"),
+        (
+            [("abnormality", "what is abnormal in the mri?", "cyst"), ("organ", "which organ?", "breast")],
+            "MRI; breast; cyst",
+        ),
     ],
 )
 def test_answers_of_vqa_med_say_what_they_say(answers, facts):

@@ -1,4 +1,4 @@
-"""The local writer on a tiny Llama with random weights, made here: its text means nothing, its arithmetic must be right.
+"""The local writer on a tiny Llama with random weights, made here: its text means nothing, its arithmetic is right.
 
 The packaged SmolLM2-135M is tried only where it is installed, as torture.
 """
@@ -9,15 +9,18 @@ import shutil
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
 from miss.engine.transcap.labels import LabelSet
 from miss.engine.transcap.local import LocalWriter, _nucleus, find_model, revision
 from miss.engine.transcap.prompts import PROMPTS, get_prompt
 from miss.engine.transcap.writer import WriterError
 
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
 SETS = [LabelSet((("modality", "CT"), ("organ", organ)), [f"{organ}.png"]) for organ in ("chest", "head", "hand")]
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")

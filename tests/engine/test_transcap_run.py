@@ -221,7 +221,9 @@ def test_what_is_rejected_is_kept_with_its_reasons_and_templates_fill_up(labels,
     assert row["provenance"]["prompt_hash"] == writer.prompt.hash and row["sources"][0]["filled"]
 
     bare = run(found, writer, tmp_path / "bare", TransCapConfig(limit=1, seed=3, fill=False))
-    assert bare["images"] == 0 and bare["images_without_caption"] == [i for s in found.sets for i in s.images if s.key == record["set"]]
+    assert bare["images"] == 0 and bare["images_without_caption"] == [
+        i for s in found.sets for i in s.images if s.key == record["set"]
+    ]
     assert (tmp_path / "bare" / "captions.jsonl").read_bytes() == b""
 
 
