@@ -69,8 +69,11 @@ class Endpoint:
             raise EndpointError(
                 f"--url: got {self.url!r}; wanted where the API starts, such as http://127.0.0.1:8000/v1"
             )
-        if url.userinfo:
-            raise EndpointError(f"--url: holds a name or password; a key belongs into ${self.key_variable}")
+        if url.userinfo or url.query:
+            raise EndpointError(
+                f"--url: holds a name, password or query, which would be written down; a key belongs into "
+                f"${self.key_variable}"
+            )
         if not self.model:
             raise EndpointError("--model: missing; wanted the name of a model that the endpoint has")
         for name, least in (("timeout", 0.001), ("retries", 0), ("rate", 0.001), ("parallel", 1)):

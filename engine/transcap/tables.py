@@ -8,9 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 Record = dict[str, Any]
-COLUMNS = ("labels", "writer", "prompt", "label sets", "candidates", "states every label", "states nothing else")
-COLUMNS += ("faithful", "rejected", "kept", "filled", "sets without own", "distinct-1", "distinct-2", "self-BLEU")
-COLUMNS += ("captions/s",)
+COLUMNS = [
+    *(
+        "labels",
+        "writer",
+        "prompt",
+        "label sets",
+        "candidates",
+        "states every label",
+        "states nothing else",
+        "faithful",
+    ),
+    *("rejected", "kept", "filled", "sets without own", "distinct-1", "distinct-2", "self-BLEU", "captions/s"),
+]
 
 
 def row(labels: str, report: Record) -> list[str]:

@@ -265,7 +265,8 @@ def test_requests_run_side_by_side_and_within_the_rate(server):
     [
         ("", {}, "wanted where the API starts"),
         ("ftp://x/v1", {}, "wanted where the API starts"),
-        ("http://user:pw@127.0.0.1/v1", {}, "name or password"),
+        ("http://user:pw@127.0.0.1/v1", {}, "name, password or query"),
+        ("https://models.example/v1?api-key=1", {}, "name, password or query"),
         ("http://models.example/v1", {}, "in the clear"),
         ("http://[::1/v1", {}, "--url"),
         ("http://127.0.0.1/v1", {"model": ""}, "--model"),
