@@ -154,9 +154,9 @@ class EndpointWriter:
             left = wanted - len(written.candidates)
             if left <= 0:
                 break
-            body = {"model": self.endpoint.model, "messages": messages, "n": left, **self._sampling}
-            body["seed"] = number(seed, label_set.key, self.prompt.hash, request) % 2**31
-            self._take(written, self._ask(body, body["seed"]), left)
+            drawn = number(seed, label_set.key, self.prompt.hash, request) % 2**31
+            body = {"model": self.endpoint.model, "messages": messages, "n": left, "seed": drawn, **self._sampling}
+            self._take(written, self._ask(body, drawn), left)
         return written
 
     def _take(self, written: Written, answer: dict[str, Any], left: int) -> None:
