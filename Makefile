@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python -m
 CSRC := $(shell find csrc -path csrc/tests -prune -o -name "*.cpp" -print -o -name "*.h" -print)
-EXTRAS := dicom,train,evaluate,weights,zero,test
+EXTRAS := dicom,train,evaluate,weights,zero,transcap,test
 
 .DEFAULT_GOAL := help
 .PHONY: help answer setup test check parity torture sanitize bench bench-all bench-kernels gpu-suite clean

@@ -35,6 +35,7 @@ DOORS = {  # a foreign package, and the only files that may import it
     "xformers": ["kernels/attention/*_impl.py"],
     "bitsandbytes": ["kernels/quant_linear/bitsandbytes_impl.py", "engine/training/lora.py"],
     "deepspeed": ["engine/training/zero.py"],
+    "httpx": ["engine/transcap/endpoint.py"],
     "fastapi": ["engine/serving/*.py"],
     "starlette": ["engine/serving/*.py"],
     "uvicorn": ["engine/serving/*.py"],

@@ -16,6 +16,7 @@ COMMANDS = {
     "answer": "answer questions about medical images",
     "evaluate": "score a checkpoint, or a file of predictions, on a data set",
     "finetune": "train a checkpoint to answer questions",
+    "transcap": "write captions for images that have labels only",
     "convert": "translate checkpoints between ours, MISS, BLIP and Hugging Face",
     "quantize": "pack a checkpoint into int8 and int4",
     "data": "check and pack data sets",
