@@ -230,9 +230,12 @@ class TextLayer(nn.Module):
         causal: bool = False,
         seed: int | None = None,
         packing: Packing | None = None,
+        first: bool = False,
     ) -> Tensor:
         """x (R, T, C) -> the same shape; with a packing x (M, C), whose tokens are rows of their own in cross-attention
-        (a token attends to the source alone), so that `index` is (M,)."""
+        (a token attends to the source alone), so that `index` is (M,). `first`: as the method of that name."""
+        if first:
+            return self.first(x, lengths, source, index, seed, packing)
         if packing is not None:
             attended = self.self_attention.packed(x, packing, causal, self.attention_dropout, mix(seed, 0))
         else:

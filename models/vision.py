@@ -15,6 +15,7 @@ from miss.kernels.quant_linear import QuantRows
 from miss.models.config import PreprocessConfig, VisionConfig
 from miss.models.layers import LayerNorm, Mlp, SelfAttention
 from miss.models.linear import Panels
+from miss.models.recompute import Stack
 
 
 class PatchEmbed(nn.Module):
@@ -95,7 +96,7 @@ class VisionBlock(nn.Module):
         return x * (kept.to(x.dtype) / keep)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Stack):
     """ViT of `VisionConfig`: pixels (I, height, width, 3) -> tokens (I, 1 + N, C)."""
 
     def __init__(self, config: VisionConfig, preprocess: PreprocessConfig) -> None:
@@ -118,7 +119,7 @@ class VisionTransformer(nn.Module):
         """
         x = self._embedded(pixels)
         for block in self.blocks:
-            x = block(x)
+            x = self.through(block, x)
         return self.norm(x)
 
     def first(self, pixels: Tensor) -> Tensor:
