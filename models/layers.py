@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from miss.kernels.attention import attention, attention_varlen
 from miss.kernels.cross_attention import KV, cross_attention
+from miss.kernels.dropout import as_seed, dropout
 from miss.kernels.layer_norm import add_layer_norm, add_layer_norm_quantised, layer_norm, layer_norm_quantised
 from miss.kernels.quant_linear import QuantRows
 from miss.kernels.tree_attention import tree_attention
@@ -308,4 +309,4 @@ class TextEmbeddings(nn.Module):
         else:
             where = self.position(positions)
         x = self.norm(self.word(ids) + where)
-        return nn.functional.dropout(x, self.dropout) if seed is not None and self.dropout else x
+        return x if seed is None else dropout(x, self.dropout, as_seed(mix(seed, 0), self.dropout))

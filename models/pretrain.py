@@ -7,7 +7,7 @@ layers, one product, serve the matching pairs, both kinds of negatives and the c
 Shapes: B pairs, N image tokens, T caption length, C width, P width of a feature.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,21 +147,25 @@ class MissPretrain(nn.Module):
         total = itc + itm + lm if mlm is None else itc + itm + lm + self.objective.mlm * mlm
         right = (logits.detach().argmax(1) == pairs.label) * pairs.weight
         numbers = {
-            "temperature": objectives.clamped(self.temperature).detach(),
+            "temperature": self._temperature().detach(),
             "matched": right.sum() / count[1].clamp(min=1),
         }
         return Losses(itc, itm, lm, mlm, total, numbers | {"words": count[2], "pairs": count[1]}, features)
 
-    def after_update(self, *losses: Losses, values: Mapping[str, Tensor] | None = None) -> None:
+    def after_update(
+        self, *losses: Losses, values: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]] | None = None
+    ) -> None:
         """What follows the optimiser's step: the momentum twin, then the queue takes what the step's parts saw.
 
-        values: the parameters by name, where they are not whole or not precise in this model (sharded, halves).
+        values: the parameters by name, where they are not whole or not precise in this model (sharded, halves); at once
+            or part after part (`engine.values(…)`), each of which holds some that the twin follows.
         """
         with torch.no_grad():
             if values is None:
                 self.temperature.clamp_(*objectives.TEMPERATURES)
         own = dict(self.named_parameters()) if values is None else values
-        self.memory.twin.follow(own, self.objective.momentum)
+        for some in (own,) if isinstance(own, Mapping) else own:
+            self.memory.twin.follow(some, self.objective.momentum)
         for part in losses:
             self.memory.queue.put(part.features)
 
@@ -190,7 +194,7 @@ class MissPretrain(nn.Module):
         return loss, pairs, everyone
 
     def _temperature(self) -> Tensor:
-        return objectives.clamped(self.temperature)
+        return objectives.clamped(self.temperature).reshape(())  # an engine may keep it as a vector of one
 
     def _matching(self, batch: PretrainBatch, image_kv: list[KV], pairs: objectives.Pairs, seed: int | None) -> Tensor:
         """Logits (3B, 2) of all pairs in one pass, of which the last layer computes the first token alone."""
