@@ -28,7 +28,7 @@ class Engine(Protocol):
     another engine, stage or number of ranks goes on with it.
     """
 
-    shards_weights: bool  # the model's own parameters are not whole between calls: read `values`, never them
+    whole: bool  # the model's own parameters are whole and precise between calls; else read `values`, never them
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass."""
@@ -70,7 +70,7 @@ class Engine(Protocol):
 class PlainEngine:
     """One optimiser on one device, or the same one on every rank, with the mean of their gradients."""
 
-    shards_weights = False
+    whole = True
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks = ALONE) -> None:
         self.model, self.ranks = model, ranks

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -33,6 +33,10 @@ class LauncherError(ValueError):
 
 class RankLost(ValueError):
     """Another process of the run ended, or did not arrive in time."""
+
+
+class FirstFailed(ValueError):
+    """What rank 0 does for all went wrong there."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,10 @@ def place_from(environment: Mapping[str, str]) -> Place:
     if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         rank, size, local = (_number(environment, name) for name in names)
-        meet = (environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "")), _port(environment))
+        meet = (
+            environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "")),
+            _port(environment),
+        )
         return _checked(Place(rank, size, local, meet if size > 1 else None), environment)
     return Place()
 
@@ -87,7 +94,9 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 def _checked(place: Place, environment: Mapping[str, str]) -> Place:
     if not (0 <= place.rank < place.world_size and place.local_rank < place.world_size):
-        raise LauncherError(f"got rank {place.rank} (here {place.local_rank}) of {place.world_size}; wanted one below it")
+        raise LauncherError(
+            f"got rank {place.rank} (here {place.local_rank}) of {place.world_size}; wanted one below it"
+        )
     missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in environment]
     if place.world_size > 1 and place.meet is None and missing:
         raise LauncherError(f"{' and '.join(missing)}: not set; wanted where {place.world_size} processes meet")
@@ -105,10 +114,10 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
-    timeout: float = 600.0
+    timeout: float = 1800.0
 
     @classmethod
-    def from_environment(cls, device: str = "auto", timeout: float = 600.0) -> "Ranks":
+    def from_environment(cls, device: str = "auto", timeout: float = 1800.0) -> "Ranks":
         """Joins the processes that the environment speaks of, over NCCL on CUDA, else over gloo.
 
         Args:
@@ -216,6 +225,33 @@ class Ranks:
             dist.all_gather_object(held, value)
         return held
 
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, everywhere; the others do not run it, and fail where it fails.
+
+        Raises:
+            FirstFailed: on the others, with the words of the error that rank 0 raises.
+        """
+        if not self.first:
+            value, failure = self.broadcast_object((None, None))
+            if failure is not None:
+                raise FirstFailed(f"rank 0 failed: {failure}")
+            return value  # type: ignore[no-any-return, return-value]
+        try:
+            value = work()
+        except Exception as error:
+            self.broadcast_object((None, str(error) or type(error).__name__))
+            raise
+        return self.broadcast_object((value, None))[0]
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Rank 0 goes through the block first, the others after it: they find what it has put into a cache."""
+        if not self.first:
+            self.barrier()
+        yield
+        if self.first:
+            self.barrier()
+
     @contextlib.contextmanager
     def watched(self, what: str) -> Iterator[None]:
         """Turns a failed collective call inside into a RankLost that says what was waited for, and how long."""
@@ -241,7 +277,10 @@ def _device(name: str, place: Place) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         if place.world_size > 1:
             raise LauncherError(f"device: got {name!r} for {place.world_size} processes; accepted: auto, cpu, cuda")
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise LauncherError(f"device: got {name!r}; accepted: auto, cpu, cuda, cuda:N") from None
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if place.local_rank >= torch.cuda.device_count():

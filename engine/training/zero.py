@@ -7,6 +7,8 @@ model's inputs, the schedule or files: state comes out whole, by parameter name,
 Run on CPU over gloo, 1 and 2 ranks (docs/zero.md); never run here on CUDA.
 """
 
+import contextlib
+import io
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from miss.engine.training.opened import Opened, put_back
 from miss.engine.training.optimizer import build_optimizer, by_parameter, check_kind
 from miss.engine.training.plain import check_same_start, load_whole_state, value_of, whole_state
 from miss.engine.training.ranks import ALONE, Ranks
-from miss.engine.training.zero_config import RunFacts, filled
+from miss.engine.training.zero_config import RunFacts, filled, keeps_whole
 
 _CHUNK = 1 << 26  # numbers that are whole at once where parameters are gathered for others to read: 256 MB
 
@@ -37,7 +39,8 @@ class ZeroEngine:
     """DeepSpeed ZeRO of any stage, on any number of ranks.
 
     What is given to it is the optimiser of `build_optimizer`; clipping and rates are the loop's. With `bf16` the model
-    becomes bfloat16, with float32 masters and moments.
+    becomes bfloat16 at stages 1 to 3, with float32 masters and moments; at stage 0 it stays float32 under the loop's
+    autocast, as with the plain engine (DeepSpeed alone would add up the parts' gradients in bfloat16).
 
     Args:
         run: what DeepSpeed's configuration is held against.
@@ -53,7 +56,7 @@ class ZeroEngine:
     ) -> None:
         config = filled(given or {}, run)
         self.stage, self.bf16 = int(config["zero_optimization"]["stage"]), bool(config["bf16"]["enabled"])
-        self.ranks, self.shards_weights, self._model = ranks, self.stage == 3, model
+        self.ranks, self.whole, self._model = ranks, keeps_whole(self.stage, self.bf16), model
         check_same_start(model, ranks)
         self._scalars = _as_vectors(model)
         self._names = {id(p): name for name, p in model.named_parameters()}
@@ -62,11 +65,13 @@ class ZeroEngine:
         optimizer = build_optimizer(model, run.optimizer)
         self._base_rates = [group["base_rate"] for group in optimizer.param_groups]
         self._opened = Opened(model)
-        self._engine: Any = _deepspeed(ranks).initialize(
-            model=self._opened, optimizer=optimizer, dist_init_required=False, config=config
-        )[0]
+        library = _deepspeed(ranks)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the memory before and after each group
+            self._engine: Any = library.initialize(
+                model=self._opened, optimizer=optimizer, dist_init_required=False, config=config
+            )[0]
         self._zero: Any = self._engine.optimizer
-        self._plain = self.stage == 0 and not self.bf16  # DeepSpeed then only averages gradients
+        self._plain = self.stage == 0  # DeepSpeed then only averages gradients
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.ranks.watched("the forward pass"):
@@ -90,7 +95,7 @@ class ZeroEngine:
 
         if self._plain:
             return nn.utils.get_total_norm(self._gradients(), foreach=True)
-        if self.stage == 0:
+        if hasattr(self._zero, "get_grads_for_norm"):
             return get_global_norm_of_tensors(self._zero.get_grads_for_norm()[0])
         if self.stage == 3:
             return combine_grad_norm_groups(self._zero._get_norm_groups())
@@ -282,7 +287,7 @@ class ZeroEngine:
         zero = self._zero
         if self._plain:
             return []
-        if self.stage == 0:
+        if hasattr(zero, "bf16_groups_flat"):  # what DeepSpeed makes of stage 1 with halves
             triples = zip(zero.bf16_groups_flat, zero.fp32_groups_flat_partition, zero.bf16_groups, strict=True)
         else:
             triples = zip(zero.bit16_groups_flat, zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)

@@ -74,7 +74,7 @@ def filled(given: Mapping[str, Any], run: RunFacts) -> dict[str, Any]:
             problems.append(f"{key} is {found!r} there; {ours} is {wanted!r} here")
     problems += _rates(values, run)
     if problems:
-        raise ConfigError(f"ds_config contradicts the run: {'; '.join(problems)}. Change one, or say \"auto\" there")
+        raise ConfigError(f'ds_config contradicts the run: {"; ".join(problems)}. Change one, or say "auto" there')
     for section in ("optimizer", "scheduler", "gradient_clipping"):
         values.pop(section, None)
     for key, size in _sizes(run).items():
@@ -86,9 +86,9 @@ def filled(given: Mapping[str, Any], run: RunFacts) -> dict[str, Any]:
     return _completed(values, run)
 
 
-def stage_of(given: Mapping[str, Any], run: RunFacts) -> int:
-    """The ZeRO stage that both say."""
-    return int(_get(filled(given, run), "zero_optimization.stage") or 0)
+def keeps_whole(stage: int, bf16: bool) -> bool:
+    """Whether a model under that stage keeps whole float32 parameters: stage 3 shards them, halves have masters."""
+    return stage == 0 or (stage < 3 and not bf16)
 
 
 def _facts(run: RunFacts) -> list[tuple[str, str, Any]]:
@@ -133,7 +133,9 @@ def _rates(values: dict[str, Any], run: RunFacts) -> list[str]:
     ours = [run.optimizer.rate_new, run.optimizer.rate_text, run.optimizer.rate_vision]
     rate = _get(values, "optimizer.params.lr")
     if rate not in (None, AUTO) and not all(_equal(rate, own) for own in ours):
-        problems.append(f"optimizer.params.lr is {rate!r} there; optimizer.rate_new, rate_text, rate_vision are {ours} here")
+        problems.append(
+            f"optimizer.params.lr is {rate!r} there; optimizer.rate_new, rate_text, rate_vision are {ours} here"
+        )
     return problems
 
 
@@ -145,13 +147,13 @@ def _completed(values: dict[str, Any], run: RunFacts) -> dict[str, Any]:
     values.setdefault("steps_per_print", 10**9)  # the loop has its own log
     values.setdefault("zero_allow_untested_optimizer", True)
     values.setdefault("zero_force_ds_cpu_optimizer", False)  # PyTorch's fused AdamW; theirs is compiled on first use
-    bf16 = {"enabled": run.bf16} | dict(values.pop("bfloat16", {})) | dict(values.get("bf16", {}))
-    values["bf16"] = bf16
-    if bf16["enabled"]:
-        # Parts of a step add up in float32, as masters and moments are.
-        values["data_types"] = {"grad_accum_dtype": "fp32"} | dict(values.get("data_types", {}))
     zero = values.setdefault("zero_optimization", {})
     zero.setdefault("stage", run.stage if run.stage is not None else 0)
+    bf16 = dict(values.pop("bfloat16", {})) | dict(values.get("bf16", {}))
+    values["bf16"] = bf16 | {"enabled": run.bf16 and zero["stage"] > 0}  # stage 0: float32 under the loop's autocast
+    if values["bf16"]["enabled"]:
+        # Parts of a step add up in float32, as masters and moments are.
+        values["data_types"] = {"grad_accum_dtype": "fp32"} | dict(values.get("data_types", {}))
     for key, size in _sizes(run).items():
         zero.setdefault(key, size)
     return values
