@@ -71,6 +71,8 @@ class ZeroEngine:
                 model=self._opened, optimizer=optimizer, dist_init_required=False, config=config
             )[0]
         self._zero: Any = self._engine.optimizer
+        if self.stage == 3:
+            _keep_recomputed(self._zero.parameter_offload)
         self._plain = self.stage == 0  # DeepSpeed then only averages gradients
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -317,6 +319,18 @@ class ZeroEngine:
         start = self.ranks.rank * size
         piece = flat[start : start + size]
         buffers[group].data.narrow(0, offset, len(piece)).copy_(piece)
+
+
+def _keep_recomputed(offload: Any) -> None:
+    """Stage 3: a layer that the backward pass computes again keeps its weights until the update. Released right after,
+    they would have no size when their gradients arrive, which then fit nowhere."""
+    release = offload.post_sub_module_forward_function
+
+    def release_unless_in_backward(module: nn.Module) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            release(module)
+
+    offload.post_sub_module_forward_function = release_unless_in_backward
 
 
 def _cuts(flat: Flat, whole: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
