@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,13 @@ def environment_of(rank, world_size, port):
         "MASTER_PORT": port,
     }
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    return {**kept, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in places.items()}}
+    return {
+        **kept,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        **{k: str(v) for k, v in places.items()},
+    }
 
 
 def start(world_size, arguments):
@@ -66,7 +73,8 @@ def results(tmp_path_factory):
         world_size = 2 if name == "two" else 1
         arguments = ["-m", "tests.engine.zero_worker", str(place), str(place / f"{name}-RANK.json"), *cases]
         processes = start(world_size, arguments)
-        output = [process.communicate(timeout=300)[0] for process in processes]
+        with ThreadPoolExecutor(2) as pool:  # both at once: a process whose output nobody reads stands still
+            output = list(pool.map(lambda process: process.communicate(timeout=300)[0], processes))
         for rank in range(world_size):
             path = place / f"{name}-{rank}.json"
             held = json.loads(path.read_text()) if path.exists() else {}
