@@ -137,7 +137,11 @@ class PlainEngine:
 def whole_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
     """State of an optimiser that holds whole parameters, by `KIND/NAME`, on the CPU. `names`: by id of parameter."""
     return {
-        f"{kind}/{names[id(p)]}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{kind}/{names[id(p)]}": torch.as_tensor(value)
+        .detach()
+        .cpu()
+        .contiguous()
+        .clone()  # 8-bit codes share their maps
         for group in optimizer.param_groups
         for p in group["params"]
         for kind, value in optimizer.state[p].items()
