@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Slot(NamedTuple):
     """Where in a flat tuple a tensor stands."""
 
-    index: int
+    place: int
 
 
 class Opened(nn.Module):
@@ -41,7 +41,7 @@ def take_out(value: Any, tensors: list[Tensor]) -> Any:
 def put_back(shape: Any, tensors: tuple[Tensor, ...]) -> Any:
     """The inverse of `take_out`."""
     if isinstance(shape, Slot):
-        return tensors[shape.index]
+        return tensors[shape.place]
     return _mapped(shape, lambda inner: put_back(inner, tensors))
 
 

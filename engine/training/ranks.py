@@ -141,11 +141,11 @@ class Ranks:
         """Starts the process group, also of one process (DeepSpeed wants one)."""
         if dist.is_initialized():
             return
-        alone = {"store": dist.HashStore()} if self.world_size == 1 else {}
+        store = dist.HashStore() if self.world_size == 1 else None
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         limit = timedelta(seconds=self.timeout)
         with self.watched("joining"):
-            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=limit, **alone)
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=limit, store=store)
 
     def leave(self) -> None:
         """Ends the process group; what follows is on its own."""

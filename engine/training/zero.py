@@ -140,7 +140,7 @@ class ZeroEngine:
 
         for chunk in _chunks(wanted):
             if self.bf16:
-                yield {self._names[id(p)]: self._zero.get_full_hp_param(p).view(p.ds_shape) for p in chunk}
+                yield {self._names[id(p)]: self._zero.get_full_hp_param(p).view(p.ds_shape) for p in chunk}  # type: ignore[attr-defined]
                 continue
             with deepspeed.zero.GatheredParameters(chunk):
                 yield {self._names[id(p)]: p.detach() for p in chunk}
