@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-EVERYWHERE = ["together", "vqa_parity", "vqa_resume", "vqa_nan", "vqa_halves"]
+EVERYWHERE = ["together", "vqa_parity", "vqa_resume", "vqa_nan"]
 CASES = {
     "one": [*EVERYWHERE, "pretrain_parity", "twin_1000", "presets"],
-    "two": [*EVERYWHERE, "vqa_elastic", "pretrain_parity", "pretrain_recomputed", "pretrain_resume", "twin_1000"],
+    "two": [*EVERYWHERE, "vqa_elastic", "pretrain_parity", "pretrain_recomputed", "twin_1000"],
     "one again": ["vqa_elastic"],
 }
+OFTEN = {"one": ["vqa_parity", "vqa_halves"], "two": ["vqa_halves", "pretrain_resume"]}
 if importlib.util.find_spec("bitsandbytes") is not None:
-    CASES["two"].append("vqa_eight_bit")
+    OFTEN["two"].append("vqa_eight_bit")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the package deepspeed")
 
@@ -65,11 +66,10 @@ def start(world_size, arguments):
     ]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    place = tmp_path_factory.mktemp("zero")
+def run_all(place, groups):
+    """Every case's result by (group, rank, case)."""
     found = {}
-    for name, cases in CASES.items():
+    for name, cases in groups.items():
         world_size = 2 if name == "two" else 1
         arguments = ["-m", "tests.engine.zero_worker", str(place), str(place / f"{name}-RANK.json"), *cases]
         processes = start(world_size, arguments)
@@ -80,7 +80,19 @@ def results(tmp_path_factory):
             held = json.loads(path.read_text()) if path.exists() else {}
             for case in cases:
                 found[name, rank, case] = held.get(case, {"failure": f"never came to it:\n{output[rank][-3000:]}"})
-    return place, found
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    place = tmp_path_factory.mktemp("zero")
+    return place, run_all(place, CASES)
+
+
+@pytest.mark.torture
+def test_halves_resume_and_8_bit(tmp_path):
+    failures = {key: result["failure"] for key, result in run_all(tmp_path, OFTEN).items()}
+    assert not any(failures.values()), failures
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
