@@ -23,6 +23,7 @@ from miss.models.decoding import Laid, cache_of, collect, vocabulary
 from miss.models.layers import LayerNorm, TextEmbeddings, TextLayer, mix
 from miss.models.linear import Linear, Panels
 from miss.models.packing import Packing
+from miss.models.recompute import Stack
 
 
 class LanguageModelHead(nn.Module):
@@ -39,7 +40,7 @@ class LanguageModelHead(nn.Module):
         return self.norm(self.transform.gelu(x))
 
 
-class AnswerDecoder(nn.Module):
+class AnswerDecoder(Stack):
     """The JTM's stack made causal; its cross-attention reads the states of the question, never the image."""
 
     vocabulary_panels: Panels | None = None
@@ -75,7 +76,8 @@ class AnswerDecoder(nn.Module):
             x = self.embeddings(packing.pack(ids), packing.position, seed)
             question_index = question_index[packing.row]
         for i, layer in enumerate(self.layers):
-            x = layer(x, lengths, question_kv[i], question_index, question_lengths, True, mix(seed, i), packing)
+            source, inner = question_kv[i], mix(seed, i)
+            x = self.through(layer, x, lengths, source, question_index, question_lengths, True, inner, packing)
         return x if packing is None else packing.unpack(x)
 
     def use_vocabulary(self, packed: PackedWeight | None) -> None:

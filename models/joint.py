@@ -12,9 +12,10 @@ from miss.models.config import TextConfig
 from miss.models.cross_kv import CrossKV
 from miss.models.layers import TextEmbeddings, TextLayer, mix
 from miss.models.packing import Packing
+from miss.models.recompute import Stack
 
 
-class JointEncoder(nn.Module):
+class JointEncoder(Stack):
     """BERT whose layers read an image between self-attention and MLP, where they are given one.
 
     All weights but the cross-attention's are shared by the two modes; the modes differ in the first token: [CLS] for
@@ -52,7 +53,7 @@ class JointEncoder(nn.Module):
             image_index = image_index[packing.row]
         for i, layer in enumerate(self.layers):
             source = None if image_kv is None else image_kv[i]
-            x = layer(x, lengths, source, image_index, seed=mix(seed, i), packing=packing)
+            x = self.through(layer, x, lengths, source, image_index, seed=mix(seed, i), packing=packing)
         return x if packing is None else packing.unpack(x)
 
     def first(
@@ -69,10 +70,9 @@ class JointEncoder(nn.Module):
         *before, last = self.layers
         for i, layer in enumerate(before):
             source = None if image_kv is None else image_kv[i]
-            x = layer(x, lengths, source, index, seed=mix(seed, i), packing=packing)
-        assert isinstance(last, TextLayer)
-        source = None if image_kv is None else image_kv[len(before)]
-        return last.first(x, lengths, source, image_index, mix(seed, len(before)), packing)
+            x = self.through(layer, x, lengths, source, index, seed=mix(seed, i), packing=packing)
+        source, inner = None if image_kv is None else image_kv[len(before)], mix(seed, len(before))
+        return self.through(last, x, lengths, source, image_index, seed=inner, packing=packing, first=True)
 
     def _embedded(
         self, ids: Tensor, lengths: Tensor | None, seed: int | None, padded: bool = False

@@ -262,9 +262,12 @@ class TextLayer(nn.Module):
         causal: bool = False,
         seed: int | None = None,
         packing: Packing | None = None,
+        first: bool = False,
     ) -> Tensor:
         """x (R, T, C) -> the same shape; with a packing x (M, C), whose tokens are rows of their own in cross-attention
-        (a token attends to the source alone), so that `index` is (M,)."""
+        (a token attends to the source alone), so that `index` is (M,). `first`: as the method of that name."""
+        if first:
+            return self.first(x, lengths, source, index, seed, packing)
         plain = source_lengths is None and not causal and seed is None
         if self._whole is not None and plain and not needs_gradient(x):
             heads, whole = self.self_attention.num_heads, self._whole

@@ -19,6 +19,7 @@ from miss.kernels.quant_linear import QuantRows
 from miss.models.config import PreprocessConfig, VisionConfig
 from miss.models.layers import LayerNorm, Mlp, SelfAttention, mix, needs_gradient
 from miss.models.linear import Panels
+from miss.models.recompute import Stack
 
 
 class PatchEmbed(nn.Module):
@@ -122,7 +123,7 @@ class VisionBlock(nn.Module):
         return x * (kept.to(x.dtype) / keep)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Stack):
     """ViT of `VisionConfig`: pixels (I, height, width, 3) -> tokens (I, 1 + N, C)."""
 
     def __init__(self, config: VisionConfig, preprocess: PreprocessConfig) -> None:
@@ -146,7 +147,7 @@ class VisionTransformer(nn.Module):
         """
         x = self._embedded(pixels)
         for i, block in enumerate(self.blocks):
-            x = block(x, mix(seed, i))
+            x = self.through(block, x, mix(seed, i))
         return self.norm(x)
 
     def first(self, pixels: Tensor) -> Tensor:

@@ -33,7 +33,11 @@ DOORS = {  # a foreign package, and the only files that may import it
     "flash_attn": ["kernels/attention/*_impl.py"],
     "flash_attn_interface": ["kernels/attention/*_impl.py"],
     "xformers": ["kernels/attention/*_impl.py"],
-    "bitsandbytes": ["kernels/quant_linear/bitsandbytes_impl.py", "engine/training/lora.py"],
+    "bitsandbytes": [
+        "kernels/quant_linear/bitsandbytes_impl.py",
+        "engine/training/lora.py",
+        "engine/training/optimizer.py",  # its AdamW
+    ],
     "deepspeed": ["engine/training/zero.py"],
     "httpx": ["engine/transcap/endpoint.py"],
     "fastapi": ["engine/serving/*.py"],

@@ -143,12 +143,16 @@ class Part:
 
 @dataclass
 class Step:
-    """All parts of a step; their sums over `num_rows` make its loss."""
+    """This rank's parts of a step; their sums over `num_rows`, on all ranks, make its loss.
+
+    `num_rows` and `num_images` are of all ranks; `first_part` is the first part's number among those of all ranks.
+    """
 
     index: int
     parts: list[Part]
     num_rows: int
     num_images: int
+    first_part: int = 0
 
 
 def collate(
@@ -180,7 +184,13 @@ def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 class GroupedLoader:
-    """Steps in order from any step on, built `prefetch` ahead by one thread; a failure there is raised here."""
+    """Steps in order from any step on, built `prefetch` ahead by one thread; a failure there is raised here.
+
+    Rank r of w takes the r-th w-th of each step's images, so that the order of the whole does not depend on w.
+
+    Raises:
+        ValueError: a step has fewer images than ranks have parts.
+    """
 
     def __init__(
         self,
@@ -190,16 +200,25 @@ class GroupedLoader:
         num_parts: int = 1,
         prefetch: int = 2,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        if sampler.images_per_step < num_parts * world_size:
+            raise ValueError(
+                f"{sampler.images_per_step} images in a step; wanted at least one for each of {num_parts} parts on "
+                f"{world_size} ranks: more data.images_per_step, or less data.accumulation"
+            )
         self.sampler, self.rows, self.store = sampler, rows, store
+        self.rank, self.world_size = rank, world_size
         self.num_parts, self.prefetch, self.pin_memory = num_parts, prefetch, pin_memory
 
     def build(self, index: int) -> Step:
         """Step `index`; the same whenever it is asked for."""
         visits = self.sampler.step(index)
-        bounds = [len(visits) * i // self.num_parts for i in range(self.num_parts + 1)]
+        first, count = self.rank * self.num_parts, self.world_size * self.num_parts
+        bounds = [len(visits) * i // count for i in range(first, first + self.num_parts + 1)]
         parts = [self._part(visits[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-        return Step(index, parts, sum(len(part.qids) for part in parts), len(visits))
+        return Step(index, parts, sum(len(visit.rows) for visit in visits), len(visits), first)
 
     def _part(self, visits: list[Visit]) -> Part:
         pixels, tokens = self.store.gather([v.image for v in visits], [v.number for v in visits])

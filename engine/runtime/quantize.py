@@ -68,7 +68,7 @@ class Options:
     max_positions: int | None = None
     compensate: bool = True
     smooth: bool = True
-    float_share: float = 0.05
+    float_share: float = 0.08
 
 
 @dataclass

@@ -108,8 +108,10 @@ class OptimizerConfig:
 
     `freeze`: shell patterns of parameter names that stay as they are, for example `*.embeddings.*`.
     Norms, biases, [CLS] and single vectors have no weight decay. `clip` bounds the norm of all gradients; 0 does not.
+    `name: adamw8bit` is bitsandbytes' AdamW with 8-bit moments.
     """
 
+    name: Literal["adamw", "adamw8bit"] = "adamw"
     rate_new: float = 3e-4
     rate_text: float = 1e-4
     rate_vision: float = 2e-5
@@ -121,6 +123,8 @@ class OptimizerConfig:
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "adamw8bit"):
+            raise ConfigError(f"optimizer.name: got {self.name!r}; accepted: adamw, adamw8bit")
         _at_least(self, 0.0, "rate_new", "rate_text", "rate_vision", "weight_decay", "clip")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -238,7 +242,10 @@ class TrainConfig:
 
     `train_vision: false` encodes every image once and trains on the cached tokens. `standardise_features` then folds
     the channels' mean and deviation over the training tokens into the image encoder's last norm before training.
-    `engine: zero` drives the updates through DeepSpeed's ZeRO of `zero_stage` 1 or 2, in one process.
+    `engine: zero` drives the updates through DeepSpeed's ZeRO of `zero_stage` 0 to 3; `ds_config` is a DeepSpeed
+    configuration file, whose "auto" values are filled from here and whose contradictions are errors. Under `bf16` its
+    weights are bfloat16 with float32 masters; the plain engine's are float32 under autocast.
+    `recompute` throws the layers' inner states away and computes them again for the backward pass.
     `features_dtype: auto` caches bfloat16 under `bf16`, else float16.
     `answer_prior` starts the head's bias at the log-frequency of the training answers' tokens: AdamW alone takes some
     hundred steps to move a bias by the several nats that separate a fresh head from it.
@@ -250,6 +257,8 @@ class TrainConfig:
     bf16: bool = True
     engine: Literal["plain", "zero"] = "plain"
     zero_stage: int = 2
+    ds_config: str | None = None
+    recompute: bool = False
     deterministic: bool = False
     train_vision: bool = False
     standardise_features: bool = False
@@ -271,8 +280,10 @@ class TrainConfig:
             accepted = get_args(get_type_hints(TrainConfig)[name])
             if getattr(self, name) not in accepted:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
-        if self.zero_stage not in (1, 2):
-            raise ConfigError(f"zero_stage: got {self.zero_stage!r}; accepted: 1, 2")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"zero_stage: got {self.zero_stage!r}; accepted: 0, 1, 2, 3")
+        if self.ds_config is not None and self.engine != "zero":
+            raise ConfigError(f"ds_config: {self.ds_config} is DeepSpeed's; wanted engine: zero, got {self.engine}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing: got {self.label_smoothing!r}; wanted 0 <= label_smoothing < 1")
         if self.train_vision and self.augment.keep_tokens < 1:

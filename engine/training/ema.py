@@ -4,7 +4,7 @@ Knows parameters by name; does not know optimisers, files, or what the average i
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,16 @@ class Ema:
         self.average: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in self._weights.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Takes the weights' present values into the average, in one call for all tensors."""
+    def update(self, values: Iterable[Mapping[str, Tensor]] | None = None) -> None:
+        """Takes the weights' present values into the average, in one call for all tensors.
+
+        values: the weights by name, part after part, where the model's own are not whole or not precise.
+        """
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        weights = [p.detach().float() for p in self._weights.values()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        for part in (self._weights,) if values is None else values:
+            weights = [p.detach().float() for p in part.values()]
+            torch._foreach_lerp_([self.average[name] for name in part], weights, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

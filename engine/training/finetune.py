@@ -6,6 +6,7 @@ Knows which part needs which; does not know flags, generation or metrics: valida
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ from miss.engine.training.features import (
 from miss.engine.training.mix import ImageGroup, Questions, Tell, answered, read_mix, tokenise
 from miss.engine.training.optimizer import freeze
 from miss.engine.training.plain import Engine, PlainEngine
+from miss.engine.training.ranks import ALONE, Ranks
 from miss.engine.training.state import load_model_tensors, seed_everything
 from miss.engine.training.trainer import Trainer, Validate
+from miss.engine.training.zero_config import RunFacts, keeps_whole, read_ds_config
+from miss.models.recompute import recompute_layers
 from miss.models.vqa import MissVQA
 from miss.models.weights import load_checkpoint, save_checkpoint
 
@@ -63,6 +67,7 @@ def prepare(
     resume: Path | None = None,
     tell: Tell = print,
     most_images: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Finetuning:
     """Reads data and checkpoint, encodes what is encoded once, and returns a run that is ready to `fit`.
 
@@ -70,6 +75,7 @@ def prepare(
         validate: makes the trainer's `validate(model)` for a processor and the validation questions.
         resume: a training checkpoint of this run to go on from.
         most_images: use no more than so many images of each part, to try a configuration out.
+        ranks: the processes that share the steps; they read and encode one after the other, into one cache.
 
     Raises:
         ValueError: data, checkpoint or configuration cannot serve; the message says which and why.
@@ -78,7 +84,8 @@ def prepare(
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace
     torch.use_deterministic_algorithms(config.deterministic)
-    device = pick_device(config.device)
+    device = pick_device(config.device) if ranks.world_size == 1 else ranks.device
+    tell = tell if ranks.first else _nothing
     model, processor = load_model(config)
     if resume is not None:
         # The image encoder must be the run's (its last norm may be folded) before anything is encoded with it.
@@ -86,44 +93,48 @@ def prepare(
     freeze(model, config.optimizer, config.train_vision)
     model.to(device)
 
-    mix_train, mix_validation, num_leaks = read_mix(config, tell)
-    mix_train = answered(mix_train, processor, tell)
-    train_groups, validation_groups = mix_train[:most_images], mix_validation[:most_images]
-    rows = [tokenise(groups, processor) for groups in (train_groups, validation_groups)]
-    cache = Path(config.data.cache) if config.data.cache else output / "cache"
-    pixels = [pixel_store(train_groups, config, processor, cache, augmented=True)]
-    if validation_groups:
-        pixels.append(pixel_store(validation_groups, config, processor, cache, augmented=False))
+    with ranks.in_turn():
+        mix_train, mix_validation, num_leaks = read_mix(config, tell)
+        mix_train = answered(mix_train, processor, tell)
+        train_groups, validation_groups = mix_train[:most_images], mix_validation[:most_images]
+        rows = [tokenise(groups, processor) for groups in (train_groups, validation_groups)]
+        cache = Path(config.data.cache) if config.data.cache else output / "cache"
+        pixels = [pixel_store(train_groups, config, processor, cache, augmented=True)]
+        if validation_groups:
+            pixels.append(pixel_store(validation_groups, config, processor, cache, augmented=False))
 
-    def key() -> str:
-        return digest(weights_digest(model.vision), processor.fingerprint, config.bf16, device.type)
+        def key() -> str:
+            return digest(weights_digest(model.vision), processor.fingerprint, config.bf16, device.type)
 
-    if config.standardise_features and resume is None:
-        mean, deviation = channel_statistics(encoder(model, config, device), key(), pixels[0], cache)
-        fold_standardisation(model.vision.norm, mean.to(device), deviation.to(device))
-    stores: list[ImageStore] = list(pixels)
-    if not config.train_vision:
-        copies = [[group.copies for group in train_groups], [1] * len(validation_groups)]
-        stores = [
-            FeatureStore.build(
-                encoder(model, config, device), key(), store, count, features_dtype(config), cache, keep=keep
-            )
-            for store, count, keep in zip(pixels, copies, (config.augment.keep_tokens, 1.0), strict=False)
-        ]
+        if config.standardise_features and resume is None:
+            mean, deviation = channel_statistics(encoder(model, config, device), key(), pixels[0], cache)
+            fold_standardisation(model.vision.norm, mean.to(device), deviation.to(device))
+        stores: list[ImageStore] = list(pixels)
+        if not config.train_vision:
+            copies = [[group.copies for group in train_groups], [1] * len(validation_groups)]
+            stores = [
+                FeatureStore.build(
+                    encoder(model, config, device), key(), store, count, features_dtype(config), cache, keep=keep
+                )
+                for store, count, keep in zip(pixels, copies, (config.augment.keep_tokens, 1.0), strict=False)
+            ]
     train = Questions(train_groups, rows[0], stores[0])
     if config.answer_prior and resume is None:
         set_answer_prior(model, train)
     validation = Questions(validation_groups, rows[1], stores[-1])
-    loader = make_loader(config, train, device)
+    loader = make_loader(config, train, device, ranks)
+    copy, engine = make_engine(config, model, ranks)
     trainer = Trainer(
         model,
         loader,
-        make_engine(config, model),
+        engine,
         config,
         output,
         device=device,
         validate=validate(processor, validation) if validation_groups else None,
-        export=lambda folder: export(model, processor, folder),
+        export=lambda folder: export(copy or model, processor, folder),
+        ranks=ranks,
+        copy=copy,
     )
     if resume is not None:
         trainer.resume(resume)
@@ -221,7 +232,7 @@ def features_dtype(config: TrainConfig) -> torch.dtype:
     return automatic if config.features_dtype == "auto" else getattr(torch, config.features_dtype)
 
 
-def make_loader(config: TrainConfig, train: Questions, device: torch.device) -> GroupedLoader:
+def make_loader(config: TrainConfig, train: Questions, device: torch.device, ranks: Ranks = ALONE) -> GroupedLoader:
     sampler = GroupedSampler(
         [len(rows) for rows in train.rows],
         [group.weight for group in train.groups],
@@ -230,17 +241,42 @@ def make_loader(config: TrainConfig, train: Questions, device: torch.device) -> 
         config.seed,
         whole_rounds=config.data.epoch == "samples",
     )
-    return GroupedLoader(
-        sampler, train.rows, train.store, config.data.accumulation, config.data.prefetch, device.type == "cuda"
+    data, pin = config.data, device.type == "cuda"
+    shares = {"rank": ranks.rank, "world_size": ranks.world_size}
+    return GroupedLoader(sampler, train.rows, train.store, data.accumulation, data.prefetch, pin, **shares)
+
+
+def make_engine(config: TrainConfig, model: MissVQA, ranks: Ranks = ALONE) -> tuple[MissVQA | None, Engine]:
+    """The engine, and a copy of the model for validation where it does not keep the model itself whole."""
+    if config.recompute:
+        recompute_layers(model)
+    if config.engine == "plain":
+        return None, PlainEngine(model, config.optimizer, ranks)
+    from miss.engine.training.zero import ZeroEngine
+
+    facts = RunFacts(
+        config.optimizer,
+        config.schedule,
+        config.zero_stage,
+        config.data.images_per_step,
+        config.data.accumulation,
+        ranks.world_size,
+        config.bf16,
+        model.config.encoder.hidden_size,
     )
+    given = {} if config.ds_config is None else read_ds_config(Path(config.ds_config))
+    copy = None if keeps_whole(config.zero_stage, config.bf16) else copy_of(model)
+    return copy, ZeroEngine(model, facts, ranks, given)
 
 
-def make_engine(config: TrainConfig, model: MissVQA) -> Engine:
-    if config.engine == "zero":
-        from miss.engine.training.zero import ZeroEngine
+def copy_of(model: MissVQA) -> MissVQA:
+    """The same weights in memory of their own; its layers' states are kept, as nothing is trained in it."""
+    copy = deepcopy(model)
+    recompute_layers(copy, on=False)
+    return copy
 
-        return ZeroEngine(model, config.optimizer, config.data.accumulation, config.zero_stage)
-    return PlainEngine(model, config.optimizer)
+
+def _nothing(text: str) -> None: ...
 
 
 def export(model: MissVQA, processor: Processor, folder: Path) -> None:

@@ -73,6 +73,20 @@ class RunLog:
             self._bar.close()
 
 
+class NoLog(RunLog):
+    """The log of every rank but the first: nothing."""
+
+    def __init__(self) -> None: ...
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None: ...
+
+    def progress(self, step: int, values: dict[str, Any]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def clock(seconds: float) -> str:
     """`1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)

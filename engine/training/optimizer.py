@@ -4,10 +4,11 @@ Knows parameter names and AdamW; does not know the loss, the schedule or who cal
 """
 
 import fnmatch
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from miss.engine.training.config import OptimizerConfig
 from miss.models.config import ConfigError
@@ -70,8 +71,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
     ]
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, one fused call for all tensors (CPU and CUDA); `base_rate` is the group's rate."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`; `base_rate` is the group's rate.
+
+    `adamw`: PyTorch's, one fused call for all tensors (CPU and CUDA). `adamw8bit`: bitsandbytes', whose moments of
+    tensors of 4,096 numbers and more are 8-bit codes with a scale for each 256.
+
+    Raises:
+        ImportError: bitsandbytes is wanted and not installed.
+    """
     parameters = dict(model.named_parameters())
     groups = [
         {
@@ -83,4 +91,41 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
         }
         for group in parameter_groups(model, config)
     ]
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    betas = (config.beta1, config.beta2)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError(
+            f"optimizer.name: adamw8bit is bitsandbytes', which cannot be imported here ({error}): "
+            f"pip install 'miss-engine[bitsandbytes]', or optimizer.name: adamw"
+        ) from None
+    return AdamW8bit(groups, betas=betas, eps=config.eps)  # type: ignore[no-any-return]
+
+
+def by_parameter(tensors: Mapping[str, Tensor], trained: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """An optimiser's saved state `KIND/NAME` as NAME -> KIND -> tensor.
+
+    Raises:
+        ValueError: it is of parameters that are not trained now.
+    """
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        by_name.setdefault(name, {})[kind] = tensor
+    strange = sorted(set(by_name) - set(trained))
+    if strange:
+        raise ValueError(f"the saved optimiser holds {strange[:5]}, which are not trained now")
+    return by_name
+
+
+def check_kind(saved: Collection[str], optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where a parameter's saved state is not of the kind that this optimiser keeps."""
+    own, theirs = ("exp_avg", "state1") if isinstance(optimizer, torch.optim.AdamW) else ("state1", "exp_avg")
+    if theirs in saved or own not in saved:
+        names = {"exp_avg": "adamw", "state1": "adamw8bit"}
+        raise ValueError(
+            f"the saved optimiser holds {', '.join(sorted(saved))}: it is optimizer.name: {names[theirs]}; this run's "
+            f"is {names[own]}. Go on with the one that the run began with"
+        )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from miss.engine.training.config import TrainConfig
 
 # What a resumed run may say differently: none of it changes a step.
-_FREE = ("device", "checkpoint", "validation", "log", "init")
-_FREE_DATA = ("root", "cache", "prefetch", "workers")
+_FREE = ("device", "checkpoint", "validation", "log", "init", "engine", "zero_stage", "ds_config", "recompute")
+_FREE_DATA = ("root", "cache", "prefetch", "workers", "accumulation")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -49,33 +49,53 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 
-def save_random(folder: Path) -> None:
-    """The states of Python's, NumPy's, PyTorch's and each CUDA device's generator."""
+Generators = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def random_state() -> Generators:
+    """The states of Python's, NumPy's, PyTorch's and each CUDA device's generator: tensors, and what JSON holds."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).view(np.uint8).copy())}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    save_file(tensors, folder / "random.safetensors")
     version, numbers, gauss_next = random.getstate()
     state = {
         "python": [version, list(numbers), gauss_next],
         "numpy": [kind, int(position), int(has_gauss), float(gauss)],
     }
-    (folder / "random.json").write_text(json.dumps(state))
+    return tensors, state
 
 
-def load_random(folder: Path) -> None:
-    """The inverse of `save_random`; states of CUDA devices that are not here are left out."""
-    tensors = load_file(folder / "random.safetensors")
+def save_random(folder: Path, ranks: list[Generators] | None = None) -> None:
+    """Every rank's generators, in the order of ranks; without any, this process's."""
+    for rank, (tensors, state) in enumerate(ranks if ranks is not None else [random_state()]):
+        save_file(tensors, folder / f"{_generators(rank)}.safetensors")
+        (folder / f"{_generators(rank)}.json").write_text(json.dumps(state))
+
+
+def _generators(rank: int) -> str:
+    return f"random-{rank}" if rank else "random"
+
+
+def load_random(folder: Path, rank: int = 0) -> bool:
+    """The inverse of `save_random`; states of CUDA devices that are not here are left out.
+
+    Returns:
+        whether there was such a rank: a run that goes on with more ranks has new ones.
+    """
+    if not (folder / f"{_generators(rank)}.safetensors").exists():
+        return False
+    tensors = load_file(folder / f"{_generators(rank)}.safetensors")
     torch.set_rng_state(tensors["torch"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda.{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
-    state = json.loads((folder / "random.json").read_text())
+    state = json.loads((folder / f"{_generators(rank)}.json").read_text())
     version, numbers, gauss_next = state["python"]
     random.setstate((version, tuple(numbers), gauss_next))
     kind, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, tensors["numpy"].numpy().view(np.uint32), position, has_gauss, gauss))
+    return True
 
 
 def seed_everything(seed: int) -> None:

@@ -25,20 +25,23 @@ from miss.engine.training.checkpoint import CheckpointStore, saving, verify
 from miss.engine.training.config import TrainConfig
 from miss.engine.training.ema import Ema
 from miss.engine.training.flops import matmul_ceiling, training_flops
-from miss.engine.training.log import RunLog, draw_curves
+from miss.engine.training.log import NoLog, RunLog, draw_curves
 from miss.engine.training.plain import Engine
+from miss.engine.training.ranks import ALONE, Ranks
 from miss.engine.training.schedule import rate_share
 from miss.engine.training.state import (
+    Generators,
     check_same_run,
     load_model_tensors,
     load_random,
-    model_tensors,
+    random_state,
     save_random,
     save_tensors,
+    seed_everything,
     write_json,
 )
 
-_DROPOUT = 21  # what a hash is for
+_DROPOUT, _NEW_RANK = 21, 22  # what a hash is for
 
 Validate = Callable[[nn.Module], dict[str, float]]
 Export = Callable[[Path], None]
@@ -89,6 +92,7 @@ class Trainer:
         output: `checkpoints/`, `best/`, `last/`, `log.jsonl`, `loss.png` and `summary.json` go here.
         validate: called with the averaged weights in the model; `config.validation.metric` of what it returns counts.
         export: writes the model, as it is when called, as a checkpoint folder for answering; all of it or nothing.
+        copy: stands in for the model in validation and export, where the engine does not keep that one whole.
     """
 
     def __init__(
@@ -102,13 +106,17 @@ class Trainer:
         device: torch.device,
         validate: Validate | None = None,
         export: Export | None = None,
+        ranks: Ranks = ALONE,
+        copy: nn.Module | None = None,
     ) -> None:
         self.model, self.loader, self.engine, self.config, self.output = model, loader, engine, config, output
         self.device, self.validate, self.export = device, validate, export
-        self.ema = Ema(model, config.ema.decay) if config.ema.decay else None
+        self.ranks, self.shown = ranks, model if copy is None else copy
+        self.ema = Ema(self.shown, config.ema.decay) if config.ema.decay else None
         self.progress = Progress()
         self.store = CheckpointStore(output / "checkpoints", config.checkpoint.keep_last)
         self._signal: int | None = None
+        self._some_signal = False  # whether any rank has got one: known to all after each step
         self._may_interrupt = False
         self._ceiling: float | None = None
         self._saved = 0  # the step of the last checkpoint, written or read
@@ -124,14 +132,15 @@ class Trainer:
         total = self.config.schedule.total_steps
         last = min(total, stop_at if stop_at is not None else total)
         started, first = time.perf_counter(), self.progress.step
-        log = RunLog(self.output, total, first, self.config.log.tensorboard)
+        log = RunLog(self.output, total, first, self.config.log.tensorboard) if self.ranks.first else NoLog()
         self.model.train()
         try:
             with self._signals():
                 self._measure_ceiling(log)
                 self._run(last, total, log)
                 self._finish()
-            draw_curves(self.output, self.config.validation.metric)
+            if self.ranks.first:
+                draw_curves(self.output, self.config.validation.metric)
             return self._summary(first, time.perf_counter() - started)
         finally:
             log.close()
@@ -177,24 +186,26 @@ class Trainer:
         tokens, losses = torch.zeros((), dtype=torch.int64, device=self.device), []
         for number, part in enumerate(work.parts):
             batch = part.batch.to(self.device, non_blocking=True)
-            seed = hash64(config.seed, _DROPOUT, index, number) >> 1
+            seed = hash64(config.seed, _DROPOUT, index, work.first_part + number) >> 1
             with self._autocast():
                 if batch.image_tokens is not None and not config.bf16:
                     batch.image_tokens = batch.image_tokens.to(next(self.model.parameters()).dtype)
-                output = self.model(batch, config.label_smoothing, seed)
+                output = self.engine(batch, config.label_smoothing, seed)
                 loss = output.loss_per_row.sum() / work.num_rows
-            self.engine.backward(loss, number == len(work.parts) - 1)
+            self.engine.backward(loss * self.ranks.world_size, number == len(work.parts) - 1)
             total, tokens = total + loss.detach(), tokens + output.num_tokens.sum()
             losses.append(output.loss_per_row.detach())
-        # The step's one wait for the device: loss and norm must be known before the update.
-        value, norm, count = torch.stack(
-            [total.double(), self.engine.gradient_norm().double(), tokens.double()]
-        ).tolist()
+        signalled = torch.tensor(self._signal is not None, dtype=torch.float64, device=self.device)
+        sums = self.ranks.reduce_sum(torch.stack([total.double(), tokens.double(), signalled]))
+        # The step's one wait for the device: loss and norm must be known, to all ranks, before the update.
+        value, count, num_signalled, norm = [*sums, self.engine.gradient_norm().double()]
+        value, count, num_signalled, norm = torch.stack([value, count, num_signalled, norm]).tolist()
+        self._some_signal = num_signalled > 0
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise self._not_finite(work, losses, value, norm)
         self.engine.step(rate_share(index, config.schedule), config.optimizer.clip, norm)
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(self.engine.values())
         interval.steps, interval.loss, interval.norm = interval.steps + 1, interval.loss + value, interval.norm + norm
         interval.tokens, interval.rows = interval.tokens + int(count), interval.rows + work.num_rows
         interval.images += work.num_images
@@ -209,10 +220,11 @@ class Trainer:
         return sum(training_flops(model_config, part.batch, vision, words) for part in work.parts)
 
     def _not_finite(self, work: Step, losses: list[Tensor], value: float, norm: float) -> NotFinite:
-        """Names the rows whose own loss is not finite; where only a gradient is not, all rows of the step."""
+        """Names the rows whose own loss is not finite, of all ranks; where only a gradient is not, all of the step."""
         qids = [qid for part in work.parts for qid in part.qids]
         bad = (~torch.cat(losses).isfinite()).tolist()
-        named = [qid for qid, is_bad in zip(qids, bad, strict=True) if is_bad] or qids
+        found = self.ranks.gather_objects(([q for q, is_bad in zip(qids, bad, strict=True) if is_bad], qids))
+        named = [qid for some, _ in found for qid in some] or [qid for _, every in found for qid in every]
         what = f"loss {value}" if not math.isfinite(value) else f"gradient norm {norm}"
         return NotFinite(
             f"step {work.index + 1}: {what}; stopped before the update. Rows: {', '.join(named)}. "
@@ -224,8 +236,14 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the model holds the moving average (where there is one) and is in evaluation mode."""
-        self.model.eval()
+        """Inside, what is shown holds the moving average (where there is one) and is in evaluation mode."""
+        if self.shown is not self.model and self.ema is None:
+            own = dict(self.shown.named_parameters())
+            with torch.no_grad():
+                for values in self.engine.values():
+                    for name, value in values.items():
+                        own[name].copy_(value)
+        self.shown.eval()
         try:
             with self.ema.applied() if self.ema is not None else nullcontext():
                 yield
@@ -236,9 +254,9 @@ class Trainer:
         assert self.validate is not None
         started, progress, name = time.perf_counter(), self.progress, self.config.validation.metric
         with self.averaged(), torch.no_grad():
-            self._may_interrupt = True  # nothing of the run's state changes meanwhile
+            self._may_interrupt = self.ranks.world_size == 1  # nothing of the run's state changes meanwhile
             self._leave_if_signalled()
-            metrics = self.validate(self.model)
+            metrics = self.ranks.broadcast_object(self.validate(self.shown))
             self._may_interrupt = False
             if name not in metrics:
                 raise ValueError(f"validation.metric: got {name!r}; validation gives {', '.join(metrics)}")
@@ -255,7 +273,7 @@ class Trainer:
         log.say(f"step {progress.step}  validation: {shown}{'  (best so far)' if better else ''}")
 
     def _export(self, name: str) -> None:
-        if self.export is not None:
+        if self.export is not None and self.ranks.first:
             with saving(self.output / name):
                 self.export(self.output / name)
 
@@ -288,30 +306,40 @@ class Trainer:
         log.progress(step, values)
 
     def _measure_ceiling(self, log: RunLog) -> None:
-        if self.config.log.ceiling:
+        if self.config.log.ceiling and self.ranks.first:
             self._ceiling = matmul_ceiling(self.device, torch.bfloat16 if self.config.bf16 else torch.float32)
             log.write("ceiling", self.progress.step, {"gflops_per_s": self._ceiling / 1e9})
 
     def _summary(self, first: int, seconds: float) -> dict[str, Any]:
         summary = {**asdict(self.progress), "total_steps": self.config.schedule.total_steps}
         summary |= {"metric": self.config.validation.metric, "resumed_from": first, "seconds": round(seconds, 1)}
-        write_json(self.output / "summary.json", summary)
+        if self.ranks.first:
+            write_json(self.output / "summary.json", summary)
         return summary
 
     # ---- state ----
 
     def save(self) -> Path:
-        """The whole state as a checkpoint of the present step."""
-        path = self.store.save(self.progress.step, self._write, self.progress.best_step)
-        self._saved = self.progress.step
+        """The whole state as a checkpoint of the present step: gathered from all ranks, written by the first."""
+        weights, state, generators = self.engine.weights(), self.engine.state(), random_state()
+        everyone = self.ranks.gather_objects(generators)
+
+        def write(folder: Path) -> None:
+            self._write(folder, weights, state, everyone)
+
+        step, best = self.progress.step, self.progress.best_step
+        path = self.ranks.on_first(lambda: self.store.save(step, write, best))
+        self._saved = step
         return path
 
-    def _write(self, folder: Path) -> None:
-        save_tensors(model_tensors(self.model), folder / "model.safetensors")
+    def _write(
+        self, folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], generators: list[Generators]
+    ) -> None:
+        save_tensors(weights | dict(self.model.named_buffers()), folder / "model.safetensors")
         if self.ema is not None:
             save_tensors(self.ema.average, folder / "average.safetensors")
-        self.engine.save(folder)
-        save_random(folder)
+        save_tensors(optimizer, folder / "optimizer.safetensors")
+        save_random(folder, generators)
         state = {
             "progress": asdict(self.progress),
             "average_updates": self.ema.num_updates if self.ema is not None else 0,
@@ -326,15 +354,18 @@ class Trainer:
             CheckpointCorrupt: the folder is damaged.
             ValueError: it is of another model, or of a run that was configured otherwise.
         """
-        verify(path)
+        self.ranks.on_first(lambda: verify(path))
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         check_same_run(TrainConfig.from_dict(state["config"]), self.config)
-        load_model_tensors(self.model, load_file(path / "model.safetensors"))
+        tensors = load_file(path / "model.safetensors")
+        load_model_tensors(self.shown, tensors)
+        self.engine.load_weights(tensors)
         if self.ema is not None:
             self.ema.load(load_file(path / "average.safetensors"), state["average_updates"])
-        self.engine.load(path)
-        load_random(path)
+        self.engine.load_state(load_file(path / "optimizer.safetensors"))
         self.progress = Progress(**state["progress"])
+        if not load_random(path, self.ranks.rank):
+            seed_everything(hash64(self.config.seed, _NEW_RANK, self.progress.step, self.ranks.rank))
         self._saved = self.progress.step
 
     # ---- signals ----
@@ -366,13 +397,14 @@ class Trainer:
                 signal.signal(name, handler)
 
     def _leave_if_signalled(self) -> None:
-        if self._signal is not None:
-            with self.averaged():
-                self._export("last")
-            path = self.save()
-            name = signal.Signals(self._signal).name
-            print(f"{name}: saved {path}; go on with --resume auto", flush=True)
-            raise Stopped(128 + self._signal)
+        if self._signal is None if self.ranks.world_size == 1 else not self._some_signal:
+            return
+        with self.averaged():
+            self._export("last")
+        path, number = self.save(), self._signal or signal.SIGTERM
+        if self.ranks.first:
+            print(f"{signal.Signals(number).name}: saved {path}; go on with --resume auto", flush=True)
+        raise Stopped(128 + number)
 
 
 class _Interrupted(Exception):

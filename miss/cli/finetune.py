@@ -5,6 +5,7 @@ Knows YAML, flags, and how validation's answers are judged; the training floor d
 
 import dataclasses
 import json
+import os
 import platform
 import re
 import shlex
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from miss.engine.data.processor import Processor
     from miss.engine.training.finetune import Finetuning
     from miss.engine.training.mix import Questions
+    from miss.engine.training.ranks import Ranks
     from miss.engine.training.trainer import Validate
 
 
@@ -123,13 +125,26 @@ def main(args: Args) -> int:
 
 
 def finetune(args: Args, output: Path) -> int:
+    """Alone, or as one of the processes that torchrun, deepspeed or srun started; the first of them speaks."""
+    from miss.engine.training.ranks import Ranks
+
+    with Ranks.from_environment(args.train.device) as ranks:
+        return train(args, output, ranks)
+
+
+def train(args: Args, output: Path, ranks: "Ranks") -> int:
     from miss.engine.training.checkpoint import CheckpointStore
     from miss.engine.training.finetune import prepare
 
     store = CheckpointStore(output / "checkpoints")
-    store.clean()
-    resume = choose_checkpoint(args.resume, store)
-    run = prepare(args.train, output, validate=make_validate(args.train), resume=resume, tell=tell)
+    if ranks.first:
+        store.clean()
+    resume = ranks.on_first(lambda: choose_checkpoint(args.resume, store))
+    validate = make_validate(args.train)
+    run = prepare(args.train, output, validate=validate, resume=resume, tell=tell, ranks=ranks)
+    if not ranks.first:
+        run.trainer.fit(args.max_steps)
+        return 0
     write_record(args, output)
     describe(run)
     if resume is not None:
@@ -205,7 +220,10 @@ def exact_match_metrics(
 def dry_run(args: Args) -> int:
     """Everything once, small, in a folder that goes away."""
     from miss.engine.training.finetune import prepare
+    from miss.engine.training.ranks import place_from
 
+    if (size := place_from(os.environ).world_size) != 1:
+        raise ConfigError(f"--dry-run: got {size} processes; wanted one: it tries one step on two images")
     small = {"total_steps": 1, "warmup_steps": 0}
     train = dataclasses.replace(
         args.train,

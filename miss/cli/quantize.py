@@ -71,7 +71,7 @@ class Args:
     """Whether rounding errors are made good within each layer (GPTQ)."""
     smooth: bool = True
     """Whether outlier channels are scaled where a layer before takes it up (int8)."""
-    float_share: float = 0.05
+    float_share: float = 0.08
     """Of all products, that may keep their activations as they are, where those of int8 lose the most (int8)."""
     overwrite: bool = False
     """Write although DST is there."""
