@@ -117,6 +117,10 @@ def read_packed_pairs(folder: Path) -> list[Pair]:
 def _pair(row: dict[str, Any], places: list[tuple[str, PackedImage]]) -> Pair:
     key, image = shards.placed(row["image"], places)
     captions, source = row["captions"], row["source"]
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text for text in [*captions, source]):
+    if (
+        not isinstance(captions, list)
+        or not captions
+        or not all(isinstance(text, str) and text for text in [*captions, source])
+    ):
         raise ValueError
     return Pair(image, tuple(captions), key, source)

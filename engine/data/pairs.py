@@ -26,6 +26,7 @@ from miss.engine.data.shards import PackedImage, is_packed
 MAX_CAPTION_CHARACTERS = 20_000
 NAME_COLUMNS = ("list", "image", "")
 ENDINGS = ("", ".png")  # the original's RSNA file names images without their ending
+CLOSING = ".!?;:,"  # punctuation that says nothing at a caption's end
 _DESCRIBE = re.compile(r"describe[1-9][0-9]*")
 
 
@@ -218,4 +219,4 @@ def _listed(path: Path, pairs: list[Pair], names: Path) -> tuple[list[Pair], lis
 
 def normalise_caption(text: str) -> str:
     """A caption as it is compared with others: compatible characters folded, no capitals, no closing punctuation."""
-    return clean_text(unicodedata.normalize("NFKC", text)).casefold().rstrip(" .!?;:,")
+    return clean_text(unicodedata.normalize("NFKC", text)).casefold().rstrip(f" {CLOSING}")

@@ -142,7 +142,9 @@ def write_folder(
 
 def _check_target(target: Path, content: str) -> None:
     if target.is_dir() and any(target.iterdir()) and not is_packed(target, content):
-        raise DataError(f"{target}: holds other files; wanted a new folder, an empty one, or an older pack of {content}")
+        raise DataError(
+            f"{target}: holds other files; wanted a new folder, an empty one, or an older pack of {content}"
+        )
 
 
 def is_packed(folder: Path, content: str) -> bool:
