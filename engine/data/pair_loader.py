@@ -23,18 +23,22 @@ from miss.engine.data.loader import pad
 from miss.engine.data.pair_sampler import PairSampler, PairVisit, share_of
 from miss.engine.data.pairs import CLOSING, Pair, normalise_caption
 from miss.engine.data.processor import Processor
-from miss.engine.data.quarantine import Quarantine
+from miss.engine.data.quarantine import CorruptLimit, Guard, Quarantine, TooManyCorrupt
 from miss.models.pretrain import PretrainBatch
 
-__all__ = ["LoadCounts", "PairLoader", "PairSampler", "PairStep", "TooManyCorrupt", "caption_number"]
+__all__ = [
+    "CorruptLimit",
+    "LoadCounts",
+    "PairLoader",
+    "PairSampler",
+    "PairStep",
+    "TooManyCorrupt",
+    "caption_number",
+]
 
 _CAPTION, _VIEW = 22, 23  # what a hash is for
 EMPTY_CAPTION = "empty_caption"  # beside the reasons of errors.py
 SHORTEST = 2  # tokens: a part without pairs still has room for a first token and [SEP]
-
-
-class TooManyCorrupt(ValueError):
-    """More of the data is corrupt than the run was told to bear."""
 
 
 @dataclass
@@ -70,14 +74,6 @@ class LoadCounts:
     def truncated_share(self) -> float:
         """Of the captions that were used."""
         return self.truncated / max(1, self.pairs - self.dropped.total())
-
-
-@dataclass(frozen=True)
-class CorruptLimit:
-    """Of every `samples` in a row (of a smaller data set: of an epoch), the share that may be corrupt."""
-
-    samples: int = 1000
-    share: float = 0.05
 
 
 class PairLoader:
@@ -132,7 +128,7 @@ class PairLoader:
         self.workers, self.processes, self.ahead = workers, processes, ahead
         self.counts = LoadCounts()
         self.quarantine = Quarantine(quarantine) if quarantine is not None else None
-        self._corrupt, self._recent = corrupt or CorruptLimit(), [0, 0]  # pairs, and those of them that were corrupt
+        self._guard = Guard(corrupt or CorruptLimit(), len(pairs))
 
     def steps(self, first: int = 0) -> Generator[PairStep, None, None]:
         """Steps first, first + 1, … without end.
@@ -211,26 +207,20 @@ class PairLoader:
         self.counts.dropped.update(one.reason for one in dropped)
         if self.quarantine is not None:
             self.quarantine.add(self._record(one, step.index) for one in dropped)
-        samples = min(self._corrupt.samples, len(self.pairs))
         for one in step.loaded:
-            if self._recent[0] == samples:
-                self._recent = [0, 0]
-            self._recent[0] += 1
-            self._recent[1] += bool(one.reason)
-            if self._recent[1] > self._corrupt.share * samples:
-                raise self._too_many(samples, one)
+            if self._guard.exceeded_by(bool(one.reason)):
+                raise self._too_many(one)
 
     def _record(self, one: Loaded, step: int) -> dict[str, Any]:
         pair = self.pairs[one.visit.index]
         place = {"source": pair.source, "index": one.visit.index, "step": step}
         return {"key": pair.key, "reason": one.reason, **place, "message": one.message}
 
-    def _too_many(self, samples: int, last: Loaded) -> TooManyCorrupt:
+    def _too_many(self, last: Loaded) -> TooManyCorrupt:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.dropped.most_common())
         return TooManyCorrupt(
-            f"{self._recent[1]} of {self._recent[0]} pairs cannot be used ({reasons}); accepted: "
-            f"{self._corrupt.share:.1%} of {samples:,}. The last: {self.pairs[last.visit.index].key}: {last.message}. "
-            f"Mend the data (`miss data check --pairs` lists all) or raise the limit"
+            f"{self._guard} ({reasons} so far). The last: {self.pairs[last.visit.index].key}: {last.message}. Mend the "
+            f"data (`miss data check --pairs` lists all) or raise the limit"
         )
 
 

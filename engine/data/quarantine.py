@@ -1,6 +1,6 @@
-"""The list of samples that a run could not use: each once, whichever process met it, whenever.
+"""The list of samples that a run could not use: each once, whichever process met it; and how many are too many.
 
-Knows one file; does not know why a sample is of no use or what is done without it.
+Knows one file and counts; does not know why a sample is of no use or what is done without it.
 """
 
 import fcntl
@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,50 @@ class Quarantine:
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{self.path}: {line[:60]!r} is no record; move the file away") from None
         self._read_to += whole
+
+
+class TooManyCorrupt(ValueError):
+    """More of the data is corrupt than the run was told to bear."""
+
+
+@dataclass(frozen=True)
+class CorruptLimit:
+    """Of the first `samples` that a process meets (of a smaller data set: of as many as it has), the share that may be
+    corrupt. Of every further `samples` half may be: that many stand in a row only where a disk went away."""
+
+    samples: int = 1000
+    share: float = 0.05
+    later: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or not 0 <= self.share <= 1 or not 0 <= self.later <= 1:
+            raise ValueError(
+                f"samples {self.samples}, share {self.share}, later {self.later}: wanted 1 or more, shares of 0 to 1"
+            )
+
+
+class Guard:
+    """Follows the pairs that a process meets, and says when too many were of no use."""
+
+    def __init__(self, limit: CorruptLimit, num_pairs: int) -> None:
+        self.limit, self.window = limit, min(limit.samples, num_pairs)
+        self.seen = self.corrupt = 0  # pairs in all; of no use in the present window
+
+    @property
+    def share(self) -> float:
+        """What is accepted of the present window."""
+        first = self.seen <= self.window
+        return self.limit.share if first else max(self.limit.share, self.limit.later)
+
+    def exceeded_by(self, is_corrupt: bool) -> bool:
+        """Takes the next pair in."""
+        if self.seen % self.window == 0:
+            self.corrupt = 0
+        self.seen, self.corrupt = self.seen + 1, self.corrupt + is_corrupt
+        return self.corrupt > self.share * self.window + 1e-9  # 0.29 * 100 is less than 29
+
+    def __str__(self) -> str:
+        met = (self.seen - 1) % self.window + 1
+        which = "first" if self.seen <= self.window else "last"
+        accepted = f"accepted: {self.share:.1%} of {self.window:,}"
+        return f"{self.corrupt:,} of the {which} {met:,} pairs cannot be used; {accepted}"
