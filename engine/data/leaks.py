@@ -14,7 +14,7 @@ from typing import Any
 from miss.engine.data.duplicates import Fingerprint, fingerprint, near_duplicates
 from miss.engine.data.errors import ImageError
 from miss.engine.data.images import decode_image
-from miss.engine.data.pairs import Pair
+from miss.engine.data.pairs import Pair, images_of
 from miss.engine.data.samples import Sample
 
 _ORDER = ("exact", "copy", "near")
@@ -85,6 +85,7 @@ def exclude_held_out(
     held_out: Sequence[Sample],
     kinds: Sequence[str] = ("exact", "copy", "near"),
     progress: bool = False,
+    known: Mapping[str, Fingerprint | ImageError] | None = None,
 ) -> tuple[list[Pair], LeakReport]:
     """The pairs whose images are not held out, told by content alone, and what was left out.
 
@@ -95,16 +96,19 @@ def exclude_held_out(
         held_out: what will be evaluated on: every validation split.
         kinds: exact (equal pixels), copy (scaled or compressed anew), near (a neighbouring slice, say).
         progress: whether progress bars are shown.
+        known: the fingerprints of the pairs' images by key, where they are already there.
 
     Raises:
+        DataError: two images of the pairs have one key.
         ImageError: a held-out image cannot be decoded.
     """
     others = fingerprints(held_out, "held-out images" if progress else "")
-    prints = fingerprints_of({p.key: p.image for p in pairs}, "pairs' images" if progress else "")
-    known = {key: value for key, value in prints.items() if not isinstance(value, ImageError)}
-    keys, other_keys = list(known), list(others)
+    if known is None:
+        known = fingerprints_of(images_of(pairs), "pairs' images" if progress else "")
+    prints = {key: value for key, value in known.items() if not isinstance(value, ImageError)}
+    keys, other_keys = list(prints), list(others)
     found: dict[str, tuple[str, str]] = {}
-    for match in near_duplicates(list(known.values()), list(others.values())):
+    for match in near_duplicates(list(prints.values()), list(others.values())):
         before = found.get(keys[match.a])
         if match.kind in kinds and (before is None or _ORDER.index(match.kind) < _ORDER.index(before[1])):
             found[keys[match.a]] = (other_keys[match.b], match.kind)

@@ -14,7 +14,7 @@ from typing import Any
 
 from miss.engine.data import shards
 from miss.engine.data.errors import ImageError
-from miss.engine.data.pairs import Pair
+from miss.engine.data.pairs import Pair, images_of
 from miss.engine.data.paths import DataError
 from miss.engine.data.shards import PackedImage, PackOptions
 
@@ -54,7 +54,9 @@ def pack_pairs(
         ImageError: an image cannot be decoded; the message names it.
         OSError: the folder cannot be written, as on a full disk. Nothing is left behind.
     """
-    images = _images(pairs)
+    if not pairs:
+        raise DataError("no pairs to pack; wanted at least one")
+    images = images_of(pairs)
     refused: list[ImageError] = []
     kept: list[Pair] = []
 
@@ -78,18 +80,6 @@ def pack_pairs(
     num_captions = sum(len(pair.captions) for pair in kept)
     num_images = len(images) - len(refused)
     return PairsReport(len(kept), num_captions, num_images, num_shards, num_bytes, [str(e) for e in refused])
-
-
-def _images(pairs: Sequence[Pair]) -> dict[str, Any]:
-    if not pairs:
-        raise DataError("no pairs to pack; wanted at least one")
-    images: dict[str, Any] = {}
-    for pair in pairs:
-        if images.setdefault(pair.key, pair.image) != pair.image:
-            raise DataError(
-                f"{pair.key} names two images, {images[pair.key]} and {pair.image}; rename a file or its folder"
-            )
-    return images
 
 
 def _line(pair: Pair, number: int) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,21 @@ def _listed(path: Path, pairs: list[Pair], names: Path) -> tuple[list[Pair], lis
     if not kept and not problems:
         raise DataError(f"{names}: holds no name; wanted one a line")
     return kept, problems
+
+
+def images_of(pairs: Iterable[Pair]) -> dict[str, Path | PackedImage]:
+    """The image of each key.
+
+    Raises:
+        DataError: two images have one key.
+    """
+    images: dict[str, Path | PackedImage] = {}
+    for pair in pairs:
+        if images.setdefault(pair.key, pair.image) != pair.image:
+            raise DataError(
+                f"{pair.key} names two images, {images[pair.key]} and {pair.image}; rename a pairs' file or its folder"
+            )
+    return images
 
 
 def normalise_caption(text: str) -> str:
