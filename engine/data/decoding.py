@@ -134,7 +134,7 @@ class Worker:
         while at < size:
             try:
                 ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-                count = self.process.stdout.readinto(memoryview(data)[at:]) if ready else None
+                count = os.readv(self.process.stdout.fileno(), [memoryview(data)[at:]]) if ready else None
             except (OSError, ValueError):  # closed here
                 raise self._died() from None
             if count is None:

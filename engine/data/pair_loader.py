@@ -55,11 +55,13 @@ class Loaded:
 
 
 class PairStep(list[PretrainBatch]):
-    """A process's parts of a step, with the keys of each part's pairs."""
+    """A process's parts of step `number`, with the keys of each part's pairs, and what became of all of them."""
 
-    def __init__(self, index: int, parts: Sequence[PretrainBatch], keys: list[list[str]], loaded: list[Loaded]) -> None:
+    def __init__(
+        self, number: int, parts: Sequence[PretrainBatch], keys: list[list[str]], loaded: list[Loaded]
+    ) -> None:
         super().__init__(parts)
-        self.index, self.keys, self.loaded = index, keys, loaded
+        self.number, self.keys, self.loaded = number, keys, loaded
 
 
 @dataclass
@@ -206,7 +208,7 @@ class PairLoader:
         self.counts.truncated += sum(one.truncated for one in step.loaded)
         self.counts.dropped.update(one.reason for one in dropped)
         if self.quarantine is not None:
-            self.quarantine.add(self._record(one, step.index) for one in dropped)
+            self.quarantine.add(self._record(one, step.number) for one in dropped)
         for one in step.loaded:
             if self._guard.exceeded_by(bool(one.reason)):
                 raise self._too_many(one)
@@ -232,7 +234,8 @@ def caption_number(text: str, processor: Processor, max_tokens: int) -> int:
     one number with a chance of 5e-8.
     """
     ids = processor.tokenizer.encode(normalise_caption(text), add_special_tokens=False).ids[: max_tokens - 2]
-    while ids and processor.tokenizer.id_to_token(ids[-1]) in CLOSING:  # where the cut left one at the end
+    closing = {processor.tokenizer.token_to_id(mark) for mark in CLOSING}
+    while ids and ids[-1] in closing:  # where the cut left one at the end
         ids.pop()
     digest = hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -4,7 +4,7 @@ Knows numbers; does not know pairs, images or captions.
 """
 
 import threading
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from miss.engine.data.augment import hash64_each
 _ORDER = 21  # what a hash is for; the finetuning loader has 1 to 13
 
 
-class PairVisit(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PairVisit:
     """A pair in a step: its index, and in which epoch it comes."""
 
     index: int

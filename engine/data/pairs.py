@@ -8,6 +8,7 @@ CSV: a column of image names (`list`, `image`, or one without a name, as pandas 
 """
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -230,6 +231,17 @@ def images_of(pairs: Iterable[Pair]) -> dict[str, Path | PackedImage]:
                 f"{pair.key} names two images, {images[pair.key]} and {pair.image}; rename a pairs' file or its folder"
             )
     return images
+
+
+def pairs_digest(pairs: Iterable[Pair]) -> str:
+    """SHA-256 over keys, captions and order: whether processes, or a run and the one it resumes, have the same pairs.
+
+    What the image files hold is not read.
+    """
+    total = hashlib.sha256()
+    for pair in pairs:
+        total.update(json.dumps([pair.key, *pair.captions]).encode() + b"\n")
+    return total.hexdigest()
 
 
 def normalise_caption(text: str) -> str:

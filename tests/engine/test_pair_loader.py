@@ -158,7 +158,7 @@ def test_resuming_and_workers_change_nothing(tmp_path: Path, processor: Processo
     pairs = load_pairs(write_pairs(tmp_path, 7))
     walked = take(loader(pairs, processor, limits=LIMITS), 6)
     resumed = take(loader(pairs, processor, limits=LIMITS, **options), 3, first=3)
-    assert [step.index for step in resumed] == [3, 4, 5]
+    assert [step.number for step in resumed] == [3, 4, 5]
     assert all(same(a, b) for a, b in zip(walked[3:], resumed, strict=True))
 
 
@@ -297,10 +297,10 @@ def test_too_many_corrupt_pairs_stop_the_run_whenever_they_come(tmp_path: Path, 
     made = loader(healthy, processor, ahead=0)
     with closing(made.steps()) as steps, pytest.raises(TooManyCorrupt, match="of the last .* 50.0% of 10 .*not_found"):
         for step in steps:
-            if step.index == 4:  # the disk goes away in the middle
+            if step.number == 4:  # the disk goes away in the middle
                 for pair in healthy:
                     pair.image.unlink()  # type: ignore[union-attr]
-            assert step.index < 9
+            assert step.number < 9
 
 
 def test_the_list_survives_a_killed_writer_and_names_what_it_cannot_read(tmp_path: Path) -> None:
@@ -372,6 +372,28 @@ def test_a_killed_worker_stops_the_steps(tmp_path: Path, processor: Processor) -
             for _ in range(6):
                 next(steps)
     assert not children() & workers
+
+
+@pytest.mark.torture
+def test_workers_killed_at_random_moments(tmp_path: Path, processor: Processor) -> None:
+    """Twenty times: an error that names it within seconds, nothing left running, and the steps go on from there."""
+    pairs = load_pairs(write_pairs(tmp_path, 30))
+    random, number = np.random.default_rng(0), 0
+    expected = take(loader(pairs, processor, limits=LIMITS), 200)
+    for _ in range(20):
+        made = loader(pairs, processor, processes=True, workers=3, limits=LIMITS)
+        with closing(made.steps(number)) as steps:
+            next(steps)
+            victims = sorted(children())
+            timer = threading.Timer(random.uniform(0, 0.05), os.kill, (victims[random.integers(3)], signal.SIGKILL))
+            timer.start()
+            asked = time.perf_counter()
+            with pytest.raises(WorkerDied, match="ended by signal 9"):
+                for step in steps:
+                    number = step.number if step.number < 190 else 0
+                    assert same(step, expected[step.number]) if step.number < 200 else time.sleep(0.01) is None
+            assert time.perf_counter() - asked < 20
+        assert not children()
 
 
 def children() -> set[int]:
@@ -446,7 +468,7 @@ def test_no_more_steps_are_begun_than_may_be_ahead(tmp_path: Path, processor: Pr
     made.sampler.visits = lambda index: (begun.append(index), visits(index))[1]  # type: ignore[method-assign,func-returns-value]
     with closing(made.steps(5)) as steps:
         for given in range(5, 9):
-            assert next(steps).index == given and begun == list(range(5, given + 3))
+            assert next(steps).number == given and begun == list(range(5, given + 3))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from miss.engine.data.datasets import load_dataset
 from miss.engine.data.images import decode_image
 from miss.engine.data.leaks import exclude_held_out
 from miss.engine.data.pack_pairs import pack_pairs
-from miss.engine.data.pairs import Pair, load_pairs, normalise_caption, scan_pairs
+from miss.engine.data.pairs import Pair, load_pairs, normalise_caption, pairs_digest, scan_pairs
 from miss.engine.data.paths import DataError, PathError
 from miss.engine.data.shards import PackOptions
 from tests.engine.test_check import sample, scene
@@ -193,6 +193,13 @@ def test_captions_that_are_equal_but_for_their_writing() -> None:
     same = ["A chest X-ray.", " a  CHEST x-ray", "a chest x-ray!?", "a chest\u00a0x-ray ."]
     assert len({normalise_caption(text) for text in same}) == 1
     assert len({normalise_caption(text) for text in ("left lung", "right lung", "left lungs")}) == 3
+
+
+def test_the_digest_tells_pairs_apart(tmp_path: Path) -> None:
+    pairs = load_pairs(write_pairs(tmp_path, 3))
+    other = Pair(pairs[2].image, ("another",), pairs[2].key, pairs[2].source)
+    digests = [pairs_digest(p) for p in (pairs, pairs[::-1], pairs[:2], [*pairs[:2], other])]
+    assert len(set(digests)) == 4 and pairs_digest(load_pairs(tmp_path / "pairs.jsonl")) == digests[0]
 
 
 # --- Leaks
