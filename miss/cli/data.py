@@ -47,7 +47,7 @@ class CheckArgs:
 def check(args: CheckArgs) -> int:
     _check_pair_flags(args)
     if args.pairs:
-        report = data_pairs.check(args.pairs, args.images, args.names, args.data)
+        report = data_pairs.check(args.pairs, args.images, args.names, args.data, args.language)
     else:
         from miss.engine.data.check import check as check_data
         from miss.engine.data.datasets import detect, resolve_data_root

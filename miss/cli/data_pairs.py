@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 SHOWN_WORDS = 24
 
 
-def check(paths: Sequence[Path], images: Path | None, names: Path | None, data: Path | None) -> "Report":
-    """`data`: the folder of data sets whose validation and test images must not be among the pairs."""
+def check(paths: Sequence[Path], images: Path | None, names: Path | None, data: Path | None, language: str) -> "Report":
+    """`data`: the folder of data sets whose validation and test images must not be among the pairs; `language`: of
+    SLAKE's, whose Chinese validation is another."""
     from miss.engine.data.check import read_splits
     from miss.engine.data.check_pairs import check_pairs
     from miss.engine.data.datasets import detect
 
     held_out = []
     if data is not None:
-        splits, problems = read_splits(detect(data), data, "all")
+        splits, problems = read_splits(detect(data), data, language)
         if problems:
             raise problems[0]
         held_out = [sample for (_, split), rows in splits.items() if split != "train" for sample in rows]
