@@ -23,6 +23,15 @@ def hash64(*numbers: int) -> int:
     return z
 
 
+def hash64_each(last: np.ndarray, *numbers: int) -> np.ndarray:
+    """`hash64(*numbers, n)` of every n in `last`, as uint64."""
+    z = np.uint64(hash64(*numbers)) ^ last.astype(np.uint64)
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
 def uniform(*numbers: int) -> float:
     """A number in [0, 1) that depends on the integers alone."""
     return (hash64(*numbers) >> 11) / (1 << 53)

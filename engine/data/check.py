@@ -3,18 +3,16 @@
 Knows readers, decoding and fingerprints of images; does not know models or how a report is shown.
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from miss.engine.data.datasets import LAYOUTS, is_packed, load_dataset, scan
-from miss.engine.data.duplicates import Fingerprint, fingerprint, near_duplicates
+from miss.engine.data.duplicates import Fingerprint, near_duplicates
 from miss.engine.data.errors import ImageError
-from miss.engine.data.images import decode_image
+from miss.engine.data.leaks import fingerprints_of
 from miss.engine.data.paths import DataError
 from miss.engine.data.samples import Sample
 
@@ -103,28 +101,22 @@ def _read(name: str, base: Path, split: str, language: str) -> tuple[list[Sample
 
 def _decode_all(samples: Iterable[Sample], progress: bool) -> tuple[dict[str, Fingerprint], list[dict[str, str]]]:
     """The fingerprint of every image that decodes, and which do not, with the reason."""
-    images = {s.image_key: s.image for s in samples}
+    found = fingerprints_of({s.image_key: s.image for s in samples}, "images" if progress else "")
+    return split_undecodable(found)
+
+
+def split_undecodable(
+    found: Mapping[str, Fingerprint | ImageError],
+) -> tuple[dict[str, Fingerprint], list[dict[str, str]]]:
+    """The fingerprints, and what the report says of the images that have none."""
     prints: dict[str, Fingerprint] = {}
     undecodable = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results: Iterable[Fingerprint | ImageError] = pool.map(_try, images.values())
-        if progress:
-            from tqdm import tqdm
-
-            results = tqdm(results, total=len(images), desc="images", unit="image", leave=False)
-        for key, result in zip(images, results, strict=True):
-            if isinstance(result, ImageError):
-                undecodable.append({"image": key, "reason": str(result.reason), "message": str(result)})
-            else:
-                prints[key] = result
+    for key, result in found.items():
+        if isinstance(result, ImageError):
+            undecodable.append({"image": key, "reason": str(result.reason), "message": str(result)})
+        else:
+            prints[key] = result
     return prints, undecodable
-
-
-def _try(image: Any) -> Fingerprint | ImageError:
-    try:
-        return fingerprint(decode_image(image))
-    except ImageError as error:
-        return error
 
 
 def _describe(name: str, split: str, rows: Sequence[Sample]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Where:
     row: int
     roots: list[Path]
     known: dict[str, Path]
+    endings: tuple[str, ...] = ("",)  # what may have been left off an image's name
 
     def error(self, message: str) -> DataError:
         return DataError(f"{self.file}, record {self.row}: {message}")
@@ -67,7 +68,7 @@ class Where:
 
     def _find(self, name: str) -> Path:
         try:
-            paths = [safe_path(root, name) for root in self.roots]
+            paths = [safe_path(root, name + ending) for ending in self.endings for root in self.roots]
         except PathError as error:
             raise PathError(f"{self.file}, record {self.row}: {error}") from None
         for path in paths:

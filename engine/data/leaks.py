@@ -5,14 +5,26 @@ Knows samples and fingerprints of images; does not know what is trained.
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from miss.engine.data.duplicates import Fingerprint, fingerprint, near_duplicates
+from miss.engine.data.errors import ImageError
 from miss.engine.data.images import decode_image
+from miss.engine.data.pairs import Pair, images_of
 from miss.engine.data.samples import Sample
+
+_ORDER = ("exact", "copy", "near")
+
+
+def _fingerprint(image: Any) -> Fingerprint:
+    return fingerprint(decode_image(image))
+
+
+_remembered = functools.lru_cache(maxsize=1 << 14)(_fingerprint)
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,44 @@ def exclude_leaks(
     return kept, LeakReport(len(train), len(kept), sorted(report, key=lambda leak: leak.image_key))
 
 
+def exclude_held_out(
+    pairs: Sequence[Pair],
+    held_out: Sequence[Sample],
+    kinds: Sequence[str] = ("exact", "copy", "near"),
+    progress: bool = False,
+    known: Mapping[str, Fingerprint | ImageError] | None = None,
+) -> tuple[list[Pair], LeakReport]:
+    """The pairs whose images are not held out, told by content alone, and what was left out.
+
+    A pair whose image cannot be decoded is kept: training sets it aside.
+
+    Args:
+        pairs: what would be pretrained on.
+        held_out: what will be evaluated on: every validation split.
+        kinds: exact (equal pixels), copy (scaled or compressed anew), near (a neighbouring slice, say).
+        progress: whether progress bars are shown.
+        known: the fingerprints of the pairs' images by key, where they are already there.
+
+    Raises:
+        DataError: two images of the pairs have one key.
+        ImageError: a held-out image cannot be decoded.
+    """
+    others = fingerprints(held_out, "held-out images" if progress else "")
+    if known is None:
+        known = fingerprints_of(images_of(pairs), "pairs' images" if progress else "")
+    prints = {key: value for key, value in known.items() if not isinstance(value, ImageError)}
+    keys, other_keys = list(prints), list(others)
+    found: dict[str, tuple[str, str]] = {}
+    for match in near_duplicates(list(prints.values()), list(others.values())):
+        before = found.get(keys[match.a])
+        if match.kind in kinds and (before is None or _ORDER.index(match.kind) < _ORDER.index(before[1])):
+            found[keys[match.a]] = (other_keys[match.b], match.kind)
+    counts = Counter(pair.key for pair in pairs)
+    leaks = [Leak(key, like, kind, counts[key]) for key, (like, kind) in sorted(found.items())]
+    kept = [pair for pair in pairs if pair.key not in found]
+    return kept, LeakReport(len(pairs), len(kept), leaks)
+
+
 def _marked(train: Sequence[Sample], held_out: Sequence[Sample]) -> dict[str, tuple[str, str]]:
     names = {s.dataset for s in held_out}
     return {s.image_key: (name, "marked") for s in train for name in s.also_in if name in names}
@@ -97,16 +147,28 @@ def fingerprints(samples: Iterable[Sample], progress: str = "") -> dict[str, Fin
     Raises:
         ImageError: an image cannot be decoded.
     """
-    images = {s.image_key: s.image for s in samples}
+    found = fingerprints_of({s.image_key: s.image for s in samples}, progress, _remembered)
+    for value in found.values():
+        if isinstance(value, ImageError):
+            raise value
+    return {key: value for key, value in found.items() if not isinstance(value, ImageError)}
+
+
+def fingerprints_of(
+    images: Mapping[str, Any], progress: str = "", read: Callable[[Any], Fingerprint] = _fingerprint
+) -> dict[str, Fingerprint | ImageError]:
+    """The fingerprint of each image, or why it has none, by its key."""
+
+    def one(image: Any) -> Fingerprint | ImageError:
+        try:
+            return read(image)
+        except ImageError as error:
+            return error
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results: Iterable[Fingerprint] = pool.map(_fingerprint, images.values())
+        results: Iterable[Fingerprint | ImageError] = pool.map(one, images.values())
         if progress:
             from tqdm import tqdm
 
             results = tqdm(results, total=len(images), desc=progress, unit="image", leave=False)
         return dict(zip(images, results, strict=True))
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _fingerprint(image: Any) -> Fingerprint:
-    return fingerprint(decode_image(image))

@@ -121,12 +121,7 @@ class Processor:
 
         Pillow's antialiased resampling, which is what torchvision does with a PIL image: bit for bit the original's.
         """
-        assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, (pixels.dtype, pixels.shape)
-        size = self.preprocess.image_size
-        if pixels.shape[:2] == (size, size):
-            return pixels
-        resized = Image.fromarray(pixels).resize((size, size), RESAMPLE[self.preprocess.resample])
-        return np.array(resized, dtype=np.uint8)
+        return stretch(pixels, self.preprocess)
 
     @property
     def blank(self) -> np.ndarray:
@@ -181,6 +176,19 @@ class Processor:
             raise ValueError("an answer to train on is empty; wanted text")
         return [self.dec, *ids[: MAX_ANSWER_TOKENS - 2], self.sep]
 
+    def caption(self, text: str, max_tokens: int) -> tuple[list[int], bool]:
+        """Token ids [DEC] … [SEP] of a caption, at most `max_tokens` with both, and whether its end was cut off.
+
+        The first token stands in for those by which pretraining's modes are told apart.
+
+        Raises:
+            ValueError: the caption holds no readable character.
+        """
+        ids = self.tokenizer.encode(clean_text(text), add_special_tokens=False).ids
+        if not ids:
+            raise ValueError(f"caption {text[:60]!r} holds no readable character; wanted words")
+        return [self.dec, *ids[: max_tokens - 2], self.sep], len(ids) > max_tokens - 2
+
     def decode(self, ids: Iterable[int]) -> str:
         """Generated token ids as text: up to the first [SEP], special tokens left out."""
         kept: list[int] = []
@@ -190,6 +198,16 @@ class Processor:
             if token not in self._special:
                 kept.append(int(token))
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
+def stretch(pixels: np.ndarray, preprocess: PreprocessConfig) -> np.ndarray:
+    """`Processor.image` without a processor."""
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, (pixels.dtype, pixels.shape)
+    size = preprocess.image_size
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    resized = Image.fromarray(pixels).resize((size, size), RESAMPLE[preprocess.resample])
+    return np.array(resized, dtype=np.uint8)
 
 
 def clean_text(text: str) -> str:

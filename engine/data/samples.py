@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from miss.engine.data.pack import PackedImage
+    from miss.engine.data.shards import PackedImage
 
 AnswerType = Literal["open", "closed"]
 

@@ -1,5 +1,5 @@
-"""miss data check: counts, damaged files, duplicates and leaks of data sets.
-miss data pack: data sets decoded, scaled and compressed into a folder that travels.
+"""miss data check: counts, damaged files, duplicates and leaks of data sets, or of image-text pairs.
+miss data pack: data sets, or image-text pairs, decoded, scaled and compressed into a folder that travels.
 """
 
 import json
@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from miss.cli import data_pairs
 
 if TYPE_CHECKING:
     from miss.engine.data.samples import Sample
@@ -26,7 +28,14 @@ class CheckArgs:
     datasets: str = ""
     """Comma-separated: slake, vqa-rad, vqa-med-2019, jsonl, packed. Default: all that the folder holds."""
     data: Path | None = None
-    """The folder of the data sets, one data set's own folder, or a JSON lines file. Default: $MISS_DATA."""
+    """The folder of the data sets, one data set's own folder, or a JSON lines file. Default: $MISS_DATA. With --pairs:
+    the data sets whose validation and test images must not be among the pairs. Default: none."""
+    pairs: tuple[Path, ...] = ()
+    """Check image-text pairs instead: .jsonl, .csv, or folders that `miss data pack --pairs` wrote."""
+    images: Path | None = None
+    """With --pairs: the folder that image names are relative to. Default: each file's own."""
+    names: Path | None = None
+    """With --pairs and a .csv: a text file of the image names to take, one a line."""
     language: str = "en"
     """SLAKE's language: en, zh or all."""
     perceptual: bool = True
@@ -36,16 +45,20 @@ class CheckArgs:
 
 
 def check(args: CheckArgs) -> int:
-    from miss.engine.data.check import check as check_data
-    from miss.engine.data.datasets import detect, resolve_data_root
+    _check_pair_flags(args)
+    if args.pairs:
+        report = data_pairs.check(args.pairs, args.images, args.names, args.data, args.language)
+    else:
+        from miss.engine.data.check import check as check_data
+        from miss.engine.data.datasets import detect, resolve_data_root
 
-    base = resolve_data_root(args.data)
-    names = _names(args.datasets) or detect(base)
-    report = check_data(names, base, args.language, args.perceptual, progress=sys.stderr.isatty())
+        base = resolve_data_root(args.data)
+        names = _names(args.datasets) or detect(base)
+        report = check_data(names, base, args.language, args.perceptual, progress=sys.stderr.isatty())
     if args.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
     else:
-        _show(report.facts)
+        (data_pairs.show if args.pairs else _show)(report.facts)
         for title, lines in (("warning", report.warnings), ("error", report.errors)):
             for line in lines[:SHOWN]:
                 print(f"{title}: {line}")
@@ -59,7 +72,8 @@ def check(args: CheckArgs) -> int:
 class PackArgs:
     """Pack data sets into one folder: images scaled and compressed in tar shards, samples beside them.
 
-    Read it with any of the packed names: --dataset slake --data DIR, or --dataset packed for all.
+    Read it with any of the packed names: --dataset slake --data DIR, or --dataset packed for all. With --pairs: the
+    image-text pairs of some files, for pretraining.
     """
 
     out: Path
@@ -80,6 +94,14 @@ class PackArgs:
     """WebP quality, 0 to 100."""
     lossless: bool = False
     """WebP without loss: about three times the size."""
+    pairs: tuple[Path, ...] = ()
+    """Pack image-text pairs instead: .jsonl, .csv, or packed folders."""
+    images: Path | None = None
+    """With --pairs: the folder that image names are relative to. Default: each file's own."""
+    names: Path | None = None
+    """With --pairs and a .csv: a text file of the image names to take, one a line."""
+    skip_corrupt: bool = False
+    """With --pairs: leave out images that cannot be decoded, and say which, instead of stopping."""
     json: bool = False
     """Print what was written as one JSON object."""
 
@@ -89,8 +111,12 @@ def pack(args: PackArgs) -> int:
     from miss.engine.data.pack import PackOptions
     from miss.engine.data.pack import pack as pack_data
 
+    _check_pair_flags(args)
     start = time.perf_counter()
     options = PackOptions(args.image_size, args.resample, args.quality, args.lossless)
+    if args.pairs:
+        data_pairs.pack(args.pairs, args.images, args.names, args.out, options, args.skip_corrupt, args.json)
+        return 0
     base = resolve_data_root(args.data)
     splits: dict[tuple[str, str], list[Sample]] = {}
     for name in _names(args.datasets):
@@ -108,6 +134,12 @@ def pack(args: PackArgs) -> int:
             f"{report.num_bytes / 1e6:.1f} MB, {seconds:.0f} s: {args.out}"
         )
     return 0
+
+
+def _check_pair_flags(args: CheckArgs | PackArgs) -> None:
+    given = [name for name in ("images", "names", "skip_corrupt") if getattr(args, name, None)]
+    if given and not args.pairs:
+        raise ValueError(f"--{given[0].replace('_', '-')} goes with --pairs FILE; got no pairs")
 
 
 def _names(text: str) -> list[str]:

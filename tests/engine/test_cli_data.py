@@ -8,6 +8,7 @@ import pytest
 
 from miss.cli import run
 from tests.engine.test_check import scene
+from tests.engine.test_pairs import write_pairs
 
 
 def fill(folder: Path, images: dict[str, int], splits: dict[str, list[str]]) -> Path:
@@ -54,6 +55,55 @@ def test_pack_and_check_the_pack(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_pairs_are_packed_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = write_pairs(tmp_path / "in", 5)
+    assert (
+        run(["data", "pack", "--pairs", str(pairs), "--image-size", "32", "--out", str(tmp_path / "p"), "--json"]) == 0
+    )
+    written = json.loads(capsys.readouterr().out)
+    assert (written["num_pairs"], written["num_captions"], written["num_images"]) == (5, 10, 5)
+    assert run(["data", "check", "--pairs", str(tmp_path / "p"), str(pairs)]) == 1
+    assert "names two images" in capsys.readouterr().err  # of one name: the pack's and the file's
+    assert run(["data", "check", "--pairs", str(tmp_path / "p")]) == 0
+    out = capsys.readouterr().out
+    assert "5 pairs, 5 images, 10 captions, 0 malformed records" in out and "0 errors, 0 warnings" in out
+    assert run(["data", "pack", "--pairs", str(tmp_path / "p"), "--out", str(tmp_path / "again")]) == 0
+    assert "5 pairs, 10 captions, 5 images, 1 shards" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_pairs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = write_pairs(tmp_path / "in", 5)
+    rows = [{"image": "4.png", "captions": ["A scan."]}, {"image": "0.png", "caption": "a  scan"}, {"image": "0.png"}]
+    pairs.write_text(pairs.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    images = tmp_path / "in" / "images"
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:80])
+    (images / "3.png").write_bytes((images / "2.png").read_bytes())
+    held = fill(tmp_path / "d", {"a.png": 50, "b.png": 51}, {"train": ["a.png"], "validate": ["b.png"]})
+    (held / "b.png").write_bytes((images / "4.png").read_bytes())
+    assert run(["data", "check", "--pairs", str(pairs), "--data", str(held), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["files"][0]["malformed"] == 1 and report["pairs"] == 7 and report["captions"] == 12
+    assert report["distinct_captions"] == 11 and report["pairs_with_another_s_caption"] == 2
+    assert report["most_common"] == [{"caption": "A scan.", "images": 2}]
+    assert report["caption_words"] == {"2": 7, "5": 5} and report["longest_caption_characters"] == 18
+    assert [u["reason"] for u in report["undecodable"]] == ["truncated"]
+    assert report["equal_images"] == [["in/pairs/2.png", "in/pairs/3.png"]]
+    assert [leak["kind"] for leak in report["held_out"]] == ["exact"]
+    assert len(report["errors"]) == 3 and len(report["warnings"]) == 2
+    assert run(["data", "check", "--pairs", str(pairs)]) == 1
+    assert "      2 images: A scan." in capsys.readouterr().out
+    # Packing stops at the first of these, or leaves out what cannot be decoded where that was asked for.
+    assert run(["data", "pack", "--pairs", str(pairs), "--out", str(tmp_path / "p")]) == 1
+    assert "record 8: has neither" in capsys.readouterr().err
+    pairs.write_text("\n".join(pairs.read_text().splitlines()[:7]))
+    assert run(["data", "pack", "--pairs", str(pairs), "--out", str(tmp_path / "p")]) == 1
+    assert "in/pairs/1.png: the PNG file ends early" in capsys.readouterr().err and not (tmp_path / "p").exists()
+    assert run(["data", "pack", "--pairs", str(pairs), "--out", str(tmp_path / "p"), "--skip-corrupt"]) == 0
+    out = capsys.readouterr().out
+    assert "left out: in/pairs/1.png: the PNG file ends early" in out and "6 pairs, 10 captions, 4 images" in out
+    assert run(["data", "check", "--pairs", str(tmp_path / "p")]) == 0
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -65,6 +115,10 @@ def test_pack_and_check_the_pack(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["data", "pack", "--out", "{tmp}/o", "--data", "{tmp}"], 1, "no train split of slake"),
         (["data", "pack", "--out", "{tmp}/o", "--quality", "200"], 1, "wanted 0 to 100"),
         (["data", "pack", "--out", "{tmp}/o", "--datasets", ","], 1, "got nothing"),
+        (["data", "pack", "--out", "{tmp}/o", "--skip-corrupt"], 1, "--skip-corrupt goes with --pairs"),
+        (["data", "check", "--names", "x"], 1, "--names goes with --pairs"),
+        (["data", "check", "--pairs", "{tmp}/none.csv"], 1, "no such file"),
+        (["data", "pack", "--out", "{tmp}/o", "--pairs", "{tmp}"], 1, "holds no pairs"),
     ],
 )
 def test_errors_are_one_line(

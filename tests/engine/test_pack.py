@@ -1,6 +1,7 @@
 """Packing: the same samples come back, images within the stated loss, nothing half-written."""
 
 import gzip
+import hashlib
 import json
 import os
 import resource
@@ -17,8 +18,11 @@ from PIL import Image
 from miss.engine.data.datasets import DataError, Sample, load_dataset
 from miss.engine.data.images import ImageError, Reason, decode_image
 from miss.engine.data.pack import PackedImage, PackOptions, pack, read_packed, shrink, verify_shards
+from miss.engine.data.pack_pairs import pack_pairs
+from miss.engine.data.pairs import Pair, load_pairs
 from miss.engine.data.processor import Processor
 from tests.engine.test_check import sample, scene
+from tests.engine.test_pairs import write_pairs
 from tests.helpers import data_root
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,6 +230,120 @@ def test_damaged_files(tmp_path: Path) -> None:
     (out / "index.json").write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
         load_dataset("packed", out, "all")
+
+
+# --- Pairs
+
+
+def captioned(folder: Path, count: int = 5) -> list[Pair]:
+    """`count` images with captions of their own, and one more pair of the first image."""
+    pairs = load_pairs(write_pairs(folder, count))
+    return [*pairs, Pair(pairs[0].image, ("ä — 画像",), pairs[0].key, "elsewhere/more")]
+
+
+def told(pairs: list[Pair]) -> list[tuple[Any, ...]]:
+    return [(p.captions, p.key, p.source) for p in pairs]
+
+
+def test_pairs_come_back_in_their_order(tmp_path: Path) -> None:
+    pairs = captioned(tmp_path / "in")
+    report = pack_pairs(pairs, tmp_path / "out", PackOptions(64, lossless=True), shard_bytes=3000)
+    assert (report.num_pairs, report.num_captions, report.num_images) == (6, 11, 5) and report.num_shards >= 2
+    assert report.num_bytes == sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) and not report.left_out
+    packed = load_pairs(tmp_path / "out")
+    assert told(packed) == told(pairs)
+    for before, after in zip(pairs, packed, strict=True):
+        assert np.array_equal(decode_image(before.image), decode_image(after.image))
+    assert verify_shards(tmp_path / "out") == []
+    pack_pairs(packed, tmp_path / "again", PackOptions(64, lossless=True), shard_bytes=3000)
+    names = sorted(f.name for f in (tmp_path / "out").iterdir())
+    assert names == sorted(f.name for f in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_a_pack_of_pairs_is_none_of_samples_and_neither_overwrites_the_other(tmp_path: Path) -> None:
+    pairs, splits = captioned(tmp_path / "a"), two_sets(tmp_path / "b")
+    pack_pairs(pairs, tmp_path / "pairs")
+    pack(splits, tmp_path / "samples", PackOptions(32))
+    with pytest.raises(DataError, match="older pack of pairs"):
+        pack_pairs(pairs, tmp_path / "samples")
+    with pytest.raises(DataError, match="older pack of samples"):
+        pack(splits, tmp_path / "pairs")
+    with pytest.raises(DataError, match="wanted a folder that `miss data pack` wrote"):
+        load_dataset("packed", tmp_path / "pairs", "all")
+    with pytest.raises(DataError, match="holds no pairs"):
+        load_pairs(tmp_path / "samples")
+    (tmp_path / "samples" / "pairs.jsonl.gz").write_bytes(b"")
+    with pytest.raises(DataError, match="another kind of pack"):
+        load_pairs(tmp_path / "samples")
+    pack_pairs(pairs[:2], tmp_path / "pairs")  # over an older pack of its kind
+    assert len(load_pairs(tmp_path / "pairs")) == 2
+
+
+def test_corrupt_images_stop_the_packing_or_are_left_out(tmp_path: Path) -> None:
+    pairs = captioned(tmp_path / "in")
+    whole = Path(str(pairs[0].image)).read_bytes()
+    Path(str(pairs[0].image)).write_bytes(whole[:-100])  # two pairs have it
+    with pytest.raises(ImageError, match="in/pairs/0.png: the PNG file ends early"):
+        pack_pairs(pairs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = pack_pairs(pairs, tmp_path / "out", skip_corrupt=True)
+    assert (report.num_pairs, report.num_images) == (4, 4) and len(report.left_out) == 1
+    assert told(load_pairs(tmp_path / "out")) == told(pairs[1:5])
+    for pair in pairs:
+        Path(str(pair.image)).write_bytes(b"")
+    with pytest.raises(DataError, match="none of 5 images can be decoded"):
+        pack_pairs(pairs, tmp_path / "none", skip_corrupt=True)
+    with pytest.raises(DataError, match="no pairs to pack"):
+        pack_pairs([], tmp_path / "none")
+    with pytest.raises(DataError, match="in/pairs/0.png names two images"):
+        pack_pairs([*pairs, Pair(pairs[1].image, ("x",), pairs[0].key, "s")], tmp_path / "none")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_at("shards", 0, "name", "../secret.tar"), "plain file names"),
+        (set_at("shards", 0, "name", "pipe:cat secret.tar"), "plain file names|no such file"),
+        (set_at("images", 0, 2, 1 << 40), "outside"),
+        (set_at("images", []), "damaged"),
+        (set_at("pairs", "rows", 7), "not as many pairs"),
+        (set_at("pairs", "sha256", "0"), "altered"),
+        (set_at("pairs", None), "damaged"),
+    ],
+)
+def test_an_index_of_pairs_that_lies(tmp_path: Path, change: Any, message: str) -> None:
+    pack_pairs(captioned(tmp_path / "in"), tmp_path / "out")
+    edit_index(tmp_path / "out", change)
+    with pytest.raises(DataError, match=message) as caught:
+        load_pairs(tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": 99, "captions": ["x"], "source": "s"},
+        {"image": -1, "captions": ["x"], "source": "s"},
+        {"image": "../../secret.png", "captions": ["x"], "source": "s"},
+        {"image": 0, "captions": [], "source": "s"},
+        {"image": 0, "captions": "text", "source": "s"},
+        {"image": 0, "captions": [3], "source": "s"},
+        {"captions": ["x"], "source": "s"},
+        ["x"],
+    ],
+)
+def test_rows_of_pairs_that_mean_nothing(tmp_path: Path, row: Any) -> None:
+    out = tmp_path / "out"
+    pack_pairs(captioned(tmp_path / "in"), out)
+    body = (json.dumps(row) + "\n").encode()
+    (out / "pairs.jsonl.gz").write_bytes(gzip.compress(body))
+    said = {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest(), "rows": 1}
+    edit_index(out, set_at("pairs", said))
+    with pytest.raises(DataError, match="damaged"):
+        load_pairs(out)
 
 
 # --- A full disk
