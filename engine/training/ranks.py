@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from miss.engine.training.board import ENDED_EARLY, Board, Cause, exit_code
+from miss.engine.training.board import ENDED_EARLY, Board, Cause, agree_on_attempt, exit_code
 
 T = TypeVar("T")
 
@@ -164,16 +164,17 @@ class Ranks:
     def _meet(self, limit: timedelta) -> dist.Store:
         """The store that all connect to: torchrun holds it, or else rank 0. The board has a connection of its own."""
         stores = [next(dist.rendezvous("env://", self.rank, self.world_size, timeout=limit))[0] for _ in range(2)]
+        name = agree_on_attempt(dist.PrefixStore("miss", stores[0]), self.rank, self.world_size, self.timeout)
         host = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self.board.open(dist.PrefixStore("board", stores[1]), self.rank, self.world_size, host)
-        return dist.PrefixStore("ranks", stores[0])
+        self.board.open(dist.PrefixStore(f"board/{name}", stores[1]), self.rank, self.world_size, host)
+        return dist.PrefixStore(f"ranks/{name}", stores[0])
 
     def leave(self, error: BaseException | None = None) -> None:
         """Ends the process group; what follows is on its own. After an error the others learn its words first."""
         failed = error is not None and not isinstance(error, SystemExit)  # an agreed stop: all know
         if failed and error is not None:
             words = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-            self.board.post(Cause(" ".join(words.split()), exit_code(error), isinstance(error, RankLost)))
+            self.board.post(Cause(self.rank, " ".join(words.split()), exit_code(error), isinstance(error, RankLost)))
         # NCCL would wait for operations that cannot end any more; the end of the process closes its connections.
         if dist.is_initialized() and not (failed and self.device.type == "cuda"):
             dist.destroy_process_group()
@@ -300,7 +301,7 @@ class Ranks:
             raise self._lost(what, time.monotonic() - started, error) from error
 
     def _lost(self, what: str, seconds: float, error: RuntimeError) -> RankLost | OtherFailed:
-        self.board.post(Cause(f"lost another rank at {what}", ENDED_EARLY, lost=True))
+        self.board.post(Cause(self.rank, f"lost another rank at {what}", ENDED_EARLY, lost=True))
         causes = self.board.causes()
         said = {rank: cause for rank, cause in causes.items() if not cause.lost}
         if said:

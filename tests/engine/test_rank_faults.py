@@ -418,7 +418,7 @@ def test_a_full_disk_at_any_write_of_a_checkpoint(small_disk):
     launcher, small = small_disk
     run = launcher.start("full_disk", str(small), "plain", 0, 1 << 16)
     assert run.wait() == [0, 0], run.texts()
-    assert json.loads(run.text(0).splitlines()[-1])["failures"] > 5
+    assert int((small.parent / "failures").read_text()) > 5
 
 
 @pytest.mark.torture
@@ -427,7 +427,7 @@ def test_a_full_disk_at_every_page_of_a_checkpoint(small_disk):
     launcher, small = small_disk
     run = launcher.start("full_disk", str(small), "zero", 2, 1 << 12)
     assert run.wait(300) == [0, 0], run.texts()
-    print(run.text(0).splitlines()[-1])
+    print(f"{(small.parent / 'failures').read_text()} saves failed, each leaving the one before")
 
 
 @pytest.mark.parametrize("megabytes", [1, 3])
