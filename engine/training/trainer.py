@@ -1,7 +1,7 @@
 """The training loop: step after step from any step on, with validation, checkpoints and a log.
 
-Knows the order of things in a step and a run; does not know which engine makes the update, what validation means, or
-where the batches come from: all three are handed in. On CUDA: written for it, never run here.
+Knows the order of things in a step and a run; does not know what is trained (the task), which engine makes the update,
+what validation means, or where the batches come from: all are handed in. On CUDA: written for it, never run here.
 """
 
 import json
@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miss.engine.data.augment import hash64
-from miss.engine.data.loader import GroupedLoader, Step
 from miss.engine.training import not_finite
 from miss.engine.training.checkpoint import CheckpointCorrupt, CheckpointNotSaved, CheckpointStore, saving, verify
-from miss.engine.training.config import TrainConfig
+from miss.engine.training.config import RunConfig
 from miss.engine.training.ema import Ema
-from miss.engine.training.flops import matmul_ceiling, training_flops
+from miss.engine.training.flops import matmul_ceiling
 from miss.engine.training.log import NoLog, RunLog, draw_curves
 from miss.engine.training.not_finite import NotFinite, Suspects, watched_gradients
 from miss.engine.training.plain import Engine
@@ -42,9 +41,9 @@ from miss.engine.training.state import (
     seed_everything,
     write_json,
 )
-from miss.models.vqa import VQAOutput
+from miss.engine.training.task import Answering, Loader, Outcome, Task, Work
 
-_DROPOUT, _NEW_RANK = 21, 22  # what a hash is for
+_NEW_RANK = 22  # what a hash is for
 
 Validate = Callable[[nn.Module], dict[str, float]]
 Export = Callable[[Path], None]
@@ -71,7 +70,7 @@ class Interval:
 
     steps: int = 0
     loss: float = 0.0
-    tokens: int = 0
+    sums: dict[str, float] = field(default_factory=dict)  # the task's
     rows: int = 0
     images: int = 0
     flops: float = 0.0
@@ -92,7 +91,7 @@ class Trainer:
     """One run in one output folder.
 
     Args:
-        model: called as `model(batch, label_smoothing, seed)`; frozen parameters already say so.
+        model: frozen parameters already say so.
         loader: the steps, by number.
         engine: makes the updates.
         config: the run; `config.schedule.total_steps` steps in all.
@@ -101,18 +100,20 @@ class Trainer:
             it returns on rank 0 counts, `config.validation.metric` of it.
         export: writes the model, as it is when called, as a checkpoint folder for answering; all of it or nothing.
             Called on rank 0; its failure is all ranks'.
+        task: what is trained; without one, answering.
         copy: stands in for the model in validation and export, where the engine does not keep that one whole.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loader: GroupedLoader,
+        loader: Loader,
         engine: Engine,
-        config: TrainConfig,
+        config: RunConfig,
         output: Path,
         *,
         device: torch.device,
+        task: Task | None = None,
         validate: Validate | None = None,
         export: Export | None = None,
         ranks: Ranks = ALONE,
@@ -120,6 +121,7 @@ class Trainer:
     ) -> None:
         self.model, self.loader, self.engine, self.config, self.output = model, loader, engine, config, output
         self.device, self.validate, self.export = device, validate, export
+        self.task: Task = Answering(model, config, device, ranks) if task is None else task
         self.ranks, self.shown = ranks, model if copy is None else copy
         self.ema = Ema(self.shown, config.ema.decay) if config.ema.decay else None
         self.progress = Progress()
@@ -192,72 +194,61 @@ class Trainer:
         self._leave_if_signalled()
         return False
 
-    def _step(self, work: Step, interval: Interval) -> None:
-        config, index = self.config, work.index
+    def _step(self, work: Work, interval: Interval) -> None:
+        config, index, last = self.config, work.index, len(work.parts) - 1
         total = torch.zeros((), device=self.device)
-        tokens, losses = torch.zeros((), dtype=torch.int64, device=self.device), []
+        outcomes: list[Outcome] = []
         for number in range(len(work.parts)):
-            loss, output = self._loss(work, number)
-            self.engine.backward(loss, number == len(work.parts) - 1)
-            total, tokens = total + loss.detach() / self.ranks.world_size, tokens + output.num_tokens.sum()
-            losses.append(output.loss_per_row.detach())
+            with self._autocast():
+                outcome = self.task.run(self.engine, work, number)
+            self.engine.backward(outcome.loss, number == last)
+            total = total + outcome.loss.detach()
+            outcome.loss = outcome.loss.detach()  # what was computed for it is not kept
+            outcomes.append(outcome)
         asked = torch.tensor([self._signals.number == name for name in ASKING], device=self.device).double()
-        sums = self.ranks.reduce_sum(torch.cat([torch.stack([total.double(), tokens.double()]), asked]))
+        own = torch.stack([outcome.sums for outcome in outcomes]).sum(0)
+        sums = self.ranks.reduce_sum(torch.cat([total.double()[None], asked, own]))
         # The step's one wait for the device: loss and norm must be known, to all ranks, before the update.
-        value, count, *asking, norm = torch.cat([sums, self.engine.gradient_norm().double()[None]]).tolist()
-        self._agreed = next((name for name, ranks in zip(ASKING, asking, strict=True) if ranks), None)
+        value, *counts, norm = torch.cat([sums, self.engine.gradient_norm().double()[None]]).tolist()
+        value /= self.ranks.world_size
+        asking, counts = counts[: len(ASKING)], counts[len(ASKING) :]
+        self._agreed = next((name for name, some in zip(ASKING, asking, strict=True) if some), None)
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise self._not_finite(work, losses, value, norm)
+            raise self._not_finite(work, outcomes, value, norm)
         self.engine.step(rate_share(index, config.schedule), config.optimizer.clip, norm)
+        self.task.updated(self.engine, outcomes)
         if self.ema is not None:
             self.ema.update(self.engine.values())
         interval.steps, interval.loss, interval.norm = interval.steps + 1, interval.loss + value, interval.norm + norm
-        interval.tokens, interval.rows = interval.tokens + int(count), interval.rows + work.num_rows
-        interval.images += work.num_images
-        interval.flops += self._flops(work)
+        for name, count in zip(self.task.names, counts, strict=True):
+            interval.sums[name] = interval.sums.get(name, 0.0) + count
+        interval.rows, interval.images = interval.rows + work.num_rows, interval.images + work.num_images
+        interval.flops += self.task.flops(work)
 
-    def _loss(self, work: Step, number: int) -> tuple[Tensor, VQAOutput]:
-        """A part's loss as the engine wants it, and what the model gave."""
-        config, part = self.config, work.parts[number]
-        batch = part.batch.to(self.device, non_blocking=True)
-        seed = hash64(config.seed, _DROPOUT, work.index, work.first_part + number) >> 1
-        with self._autocast():
-            if batch.image_tokens is not None and not config.bf16:
-                batch.image_tokens = batch.image_tokens.to(next(self.model.parameters()).dtype)
-            output = self.engine(batch, config.label_smoothing, seed)
-            return output.loss_per_row.sum() / work.num_rows * self.ranks.world_size, output
-
-    def _flops(self, work: Step) -> float:
-        model_config = getattr(self.model, "config", None)
-        if model_config is None:
-            return 0.0
-        words = self.model.get_parameter("encoder.embeddings.word.weight").requires_grad
-        vision = self.config.train_vision
-        return sum(training_flops(model_config, part.batch, vision, words) for part in work.parts)
-
-    def _not_finite(self, work: Step, losses: list[Tensor], value: float, norm: float) -> NotFinite:
-        """Names the rows whose own loss is not finite, of all ranks; else those of the parts whose gradients are not;
-        where these are finite when they are computed again, all of the step."""
-        qids = [qid for part in work.parts for qid in part.qids]
-        bad = (~torch.cat(losses).isfinite()).tolist()
-        by_loss = [qid for qid, is_bad in zip(qids, bad, strict=True) if is_bad]
+    def _not_finite(self, work: Work, outcomes: list[Outcome], value: float, norm: float) -> NotFinite:
+        """Names the rows whose own numbers are not finite, of all ranks; else those of the parts whose gradients are
+        not; where these are finite when they are computed again, all of the step."""
+        by_loss = self.task.not_finite(work, outcomes)
         by_gradient, parameters = self._again(work) if self.ranks.all_true(not by_loss) else ([], [])
-        everyone = self.ranks.gather_objects(Suspects(by_loss, by_gradient, qids, parameters))
+        share = [row for number in range(len(work.parts)) for row in self.task.rows(work, number)]
+        everyone = self.ranks.gather_objects(Suspects(by_loss, by_gradient, share, parameters))
         what = f"loss {value}" if not math.isfinite(value) else f"gradient norm {norm}"
         step = work.index + 1
         if self.ranks.first:
             not_finite.write(everyone, step, what, self.output)
         return NotFinite(not_finite.describe(everyone, step, what, self.output))
 
-    def _again(self, work: Step) -> tuple[list[str], list[str]]:
+    def _again(self, work: Work) -> tuple[list[str], list[str]]:
         """The step's passes once more, on all ranks: gradients are looked at before they are added up over ranks."""
         rows: list[str] = []
         names: set[str] = set()
-        for number, part in enumerate(work.parts):
+        for number in range(len(work.parts)):
             with watched_gradients(self.model) as found:
-                self.engine.backward(self._loss(work, number)[0], number == len(work.parts) - 1)
+                with self._autocast():
+                    outcome = self.task.run(self.engine, work, number)
+                self.engine.backward(outcome.loss, number == len(work.parts) - 1)
             bad = [name for name, is_bad in found.items() if is_bad]
-            rows, names = rows + (part.qids if bad else []), names | set(bad)
+            rows, names = rows + (self.task.rows(work, number) if bad else []), names | set(bad)
         return rows, sorted(names)
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -271,7 +262,7 @@ class Trainer:
             with torch.no_grad():
                 for values in self.engine.values():
                     for name, value in values.items():
-                        own[name].copy_(value)
+                        own[name].copy_(value.reshape(own[name].shape))  # an engine may keep a scalar as a vector
         self.shown.eval()
         try:
             with self.ema.applied() if self.ema is not None else nullcontext():
@@ -290,7 +281,8 @@ class Trainer:
             if name not in metrics:
                 raise ValueError(f"validation.metric: got {name!r}; validation gives {', '.join(metrics)}")
             value = metrics[name]
-            better = progress.best is None or value > progress.best
+            least = name.startswith("loss")  # of losses less is better
+            better = progress.best is None or (value < progress.best if least else value > progress.best)
             if better:
                 progress.best, progress.best_step, progress.worse_in_a_row = value, progress.step, 0
                 self._export("best")
@@ -322,10 +314,10 @@ class Trainer:
         step, rate = self.progress.step, self.config.optimizer.rate_new
         values: dict[str, Any] = {
             "loss": interval.loss / interval.steps,
-            "loss_per_token": interval.loss / interval.steps * interval.rows / max(interval.tokens, 1),
+            **self.task.figures(interval.sums, interval.loss / interval.steps, interval.steps, interval.rows),
             "gradient_norm": interval.norm / interval.steps,
             "rate_new": rate * rate_share(step - 1, self.config.schedule),
-            "epoch": round(self.loader.sampler.epoch_of_step(step), 4),
+            "epoch": round(self.loader.epoch_of_step(step), 4),
             "samples_per_s": interval.rows / seconds,
             "images_per_s": interval.images / seconds,
             "s_per_step": seconds / interval.steps,
@@ -384,6 +376,8 @@ class Trainer:
         if self.ema is not None:
             save_tensors(self.ema.average, folder / "average.safetensors")
         save_tensors(optimizer, folder / "optimizer.safetensors")
+        if memory := self.task.tensors():
+            save_tensors(memory, folder / "memory.safetensors")
         save_random(folder, generators)
         state = {
             "progress": asdict(self.progress),
@@ -402,13 +396,15 @@ class Trainer:
         """
         self.ranks.on_first(lambda: verify(path), alike=(CheckpointCorrupt,))
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        check_same_run(TrainConfig.from_dict(state["config"]), self.config)
+        check_same_run(type(self.config).from_dict(state["config"]), self.config)
         tensors = load_file(path / "model.safetensors")
         load_model_tensors(self.shown, tensors)
         self.engine.load_weights(tensors)
         if self.ema is not None:
             self.ema.load(load_file(path / "average.safetensors"), state["average_updates"])
         self.engine.load_state(load_file(path / "optimizer.safetensors"))
+        if self.task.tensors():
+            self.task.load(load_file(path / "memory.safetensors"))
         self.progress = Progress(**state["progress"])
         self._interval = Interval(**state.get("interval", {}))  # runs of before had none
         if not load_random(path, self.ranks.rank):
