@@ -73,6 +73,39 @@ def nan_in_gradient(rank, whose, index):
     before_step(plant)
 
 
+def nan_in_features(rank, whose, index):
+    """Of the last image of this rank's part: what a tower of pretraining gives of it."""
+
+    def spoil(module, inputs, output):
+        output = output.clone()
+        output[-1] = float("nan")
+        return output
+
+    def plant(trainer, work):
+        if rank == whose and work.index == index:
+            trainer.model.image_projection.register_forward_hook(spoil)
+
+    before_step(plant)
+
+
+def nan_in_words(rank, whose, index):
+    """The gradient of this rank's own language modelling loss."""
+
+    def plant(trainer, work):
+        if rank == whose and work.index == index:
+            trainer.model.get_parameter("decoder.head.bias").register_hook(lambda g: g * float("inf"))
+
+    before_step(plant)
+
+
+def kill_worker(rank, whose, index):
+    def plant(trainer, work):
+        if rank == whose and work.index == index:
+            os.kill(int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[0]), 9)
+
+    before_step(plant)
+
+
 def send(rank, whose, index, number, times=1):
     """The signal, to this process, between two steps: `whose` is a rank, or -1 for all."""
 

@@ -28,6 +28,8 @@ from miss.engine.training.checkpoint import CheckpointStore, verify
 from miss.engine.training.log import read_log
 from tests.engine.test_cli_finetune import write_checkpoint, write_data
 from tests.engine.test_pairs import write_pairs
+from tests.engine.tiny_pairs import tiny_pretrain_values, write_start
+from tests.engine.tiny_pairs import write_pairs as write_coloured_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_ZERO = importlib.util.find_spec("deepspeed") is not None
@@ -146,6 +148,12 @@ def place(tmp_path_factory):
         "log": {"every": 4, "ceiling": False, "tensorboard": False},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "pre").mkdir()
+    write_start(folder / "pre" / "start")
+    write_coloured_pairs(folder / "pre" / "pairs", 20)
+    own = {name: config[name] for name in ("schedule", "checkpoint", "log")}
+    values = tiny_pretrain_values(folder / "pre", **own, validation={"every": 10, "pairs": 4, "batch_pairs": 4})
+    (folder / "pretrain.yaml").write_text(yaml.safe_dump(values))
     return folder
 
 
@@ -161,21 +169,26 @@ def finetune(launcher, place, output, *flags, plants=()):
     return launcher.start("command", words, plants)
 
 
+def pretrain(launcher, place, output, *flags, plants=()):
+    words = ["pretrain", "--config", str(place / "pretrain.yaml"), "--output", str(place / output), *flags]
+    return launcher.start("command", words, plants)
+
+
 ENGINES = {"plain": (), **{f"zero{n}": ("--engine", "zero", "--zero-stage", str(n)) for n in (1, 2, 3)}}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(launcher, place):
-    """A run that nothing happens to, by engine and number of steps: made when it is first asked for."""
+    """A run that nothing happens to, by command, engine and number of steps: made when it is first asked for."""
     made = {}
 
-    def run(engine="plain", steps=24):
-        if (engine, steps) not in made:
-            output = f"whole-{engine}-{steps}"
-            ended = finetune(launcher, place, output, *ENGINES[engine], "--schedule.total-steps", str(steps))
+    def run(engine="plain", steps=24, command=finetune):
+        key = f"whole-{command.__name__}-{engine}-{steps}"
+        if key not in made:
+            ended = command(launcher, place, key, *ENGINES[engine], "--schedule.total-steps", str(steps))
             assert ended.wait(240) == [0, 0], ended.texts()
-            made[engine, steps] = place / output
-        return made[engine, steps]
+            made[key] = place / key
+        return made[key]
 
     return run
 
@@ -219,15 +232,15 @@ def steps_done(output):
 # ---- a rank that is killed, or stands still ----
 
 
-def killed_again_and_again(launcher, place, undisturbed, engine, kills, seed):
+def killed_again_and_again(launcher, place, undisturbed, engine, kills, seed, command=finetune):
     """kill -9 of either rank at random moments: while joining and reading, or (two in three) once the log has grown,
     in a step, a validation or a save; and the same command again."""
     rng, steps, longest = random.Random(seed), 24 + 12 * kills, 0.0
-    name, total = f"killed-{engine}-{seed}", ("--schedule.total-steps", str(steps))
-    whole = undisturbed(engine, steps)
+    name, total = f"killed-{command.__name__}-{engine}-{seed}", ("--schedule.total-steps", str(steps))
+    whole = undisturbed(engine, steps, command)
     for kill in range(kills):
         before = steps_done(place / name)
-        run = finetune(launcher, place, name, *ENGINES[engine], *total, plants=[("slow", 0.01)])
+        run = command(launcher, place, name, *ENGINES[engine], *total, plants=[("slow", 0.01)])
         if kill % 3:
             until(lambda before=before: steps_done(place / name) > before)
         time.sleep(rng.uniform(0.0, 0.2 if kill % 3 else 1.5))
@@ -238,10 +251,10 @@ def killed_again_and_again(launcher, place, undisturbed, engine, kills, seed):
         longest = max(longest, time.monotonic() - killed)
         assert codes[victim] == -9, f"the run was over before it could be killed: {run.texts()}"
         assert codes[1 - victim] in (75, 1) and f"rank {victim} was killed or stands still" in run.text(1 - victim)
-    last = finetune(launcher, place, name, *ENGINES[engine], *total)
+    last = command(launcher, place, name, *ENGINES[engine], *total)
     assert last.wait(240) == [0, 0], last.texts()
     assert_same_run(whole, place / name)
-    print(f"{engine}: {kills} kills, the other rank ended within {longest:.1f} s")
+    print(f"{command.__name__}, {engine}: {kills} kills, the other rank ended within {longest:.1f} s")
 
 
 def test_kill_9_of_a_rank(launcher, place, undisturbed):
@@ -252,6 +265,13 @@ def test_kill_9_of_a_rank(launcher, place, undisturbed):
 @pytest.mark.parametrize("engine", ["plain", pytest.param("zero2", marks=needs_zero)])
 def test_kill_9_of_a_rank_often(launcher, place, undisturbed, engine):
     killed_again_and_again(launcher, place, undisturbed, engine, 20, 2)
+
+
+@needs_zero
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.torture)])
+def test_kill_9_of_a_rank_that_pretrains(launcher, place, undisturbed, kills):
+    """With the momentum twin, the queue and ZeRO-2."""
+    killed_again_and_again(launcher, place, undisturbed, "zero2", kills, 4, pretrain)
 
 
 @pytest.mark.torture
@@ -329,16 +349,13 @@ def test_a_rank_that_stands_still_is_named_after_the_timeout(launcher, place, st
 
 # ---- numbers that are not finite ----
 
+ALWAYS = [("plain", "nan_in_batch"), ("plain", "nan_in_gradient")]
+OFTEN = [(f"zero{stage}", fault) for stage in (1, 2, 3) for fault in ("nan_in_batch", "nan_in_gradient")]
+
 
 @pytest.mark.parametrize(
-    "engine",
-    [
-        "plain",
-        *(pytest.param(f"zero{n}", marks=needs_zero) for n in (2, 3)),
-        pytest.param("zero1", marks=[needs_zero, pytest.mark.torture]),
-    ],
+    ("engine", "fault"), [*ALWAYS, *(pytest.param(*case, marks=[needs_zero, pytest.mark.torture]) for case in OFTEN)]
 )
-@pytest.mark.parametrize("fault", ["nan_in_batch", "nan_in_gradient"])
 def test_a_nan_on_one_rank_stops_all_before_the_update(launcher, place, engine, fault):
     """Step 7 of rank 1; the checkpoint of step 6 is the newest, and its weights are what training stopped with."""
     output = place / f"{fault}-{engine}"
@@ -357,6 +374,25 @@ def test_a_nan_on_one_rank_stops_all_before_the_update(launcher, place, engine, 
         assert f"Rows: rank 1: {', '.join(named)}." in text
     if fault == "nan_in_gradient":
         assert ranks[1]["parameters"] == ["encoder.layers.0.mlp.input.weight"]
+    newest = CheckpointStore(output / "checkpoints").newest()
+    assert newest.name == "step-00000006"
+    assert all(t.isfinite().all() for p in newest.glob("*.safetensors") for t in load_file(p).values())
+
+
+@needs_zero
+@pytest.mark.parametrize("fault", ["nan_in_features", pytest.param("nan_in_words", marks=pytest.mark.torture)])
+def test_a_nan_on_one_rank_stops_pretraining_before_the_update(launcher, place, fault):
+    """Features and losses go over all ranks; the pair is named all the same, by the rank that has it."""
+    output = place / fault
+    run = pretrain(launcher, place, output.name, "--zero", "2", "--data.accumulation", "2", plants=[(fault, 1, 6)])
+    assert run.wait() == [1, 1], run.texts()
+    file = json.loads((output / "not-finite.json").read_text())
+    ranks = {each["rank"]: each for each in file["ranks"]}
+    named = ranks[1]["loss" if fault == "nan_in_features" else "gradient"]
+    assert file["step"] == 7 and named and set(named) <= set(ranks[1]["share"])
+    assert len(named) == (2 if fault == "nan_in_features" else 4), "a pair of each of two parts; all pairs of both"
+    assert not ranks[0]["loss"] and not ranks[0]["gradient"]
+    assert all(f"Rows: rank 1: {', '.join(named)}." in run.text(rank) for rank in range(2)), run.texts()
     newest = CheckpointStore(output / "checkpoints").newest()
     assert newest.name == "step-00000006"
     assert all(t.isfinite().all() for p in newest.glob("*.safetensors") for t in load_file(p).values())
@@ -430,7 +466,7 @@ def test_a_full_disk_at_every_page_of_a_checkpoint(small_disk):
     print(f"{(small.parent / 'failures').read_text()} saves failed, each leaving the one before")
 
 
-@pytest.mark.parametrize("megabytes", [1, 3])
+@pytest.mark.parametrize("megabytes", [1, pytest.param(3, marks=pytest.mark.torture)])
 def test_a_full_disk_ends_the_command_on_all_ranks(place, tmp_path, megabytes):
     """The file system is full before, or after, the first checkpoint."""
     words = namespace()
@@ -499,6 +535,21 @@ def test_a_damaged_checkpoint_gives_way_and_the_run_ends_the_same(launcher, plac
     verify(CheckpointStore(output / "checkpoints").newest())
 
 
+@pytest.mark.torture
+@needs_zero
+@pytest.mark.parametrize("name", ["memory", "optimizer", "average", "model"])
+def test_a_damaged_twin_or_queue_gives_way(launcher, place, undisturbed, name):
+    flags, output = ("--zero", "2"), place / f"twin-{name}"
+    assert pretrain(launcher, place, output.name, *flags, "--max-steps", "12").wait() == [0, 0]
+    path = output / "checkpoints" / "step-00000012" / f"{name}.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-7])
+    run = pretrain(launcher, place, output.name, *flags)
+    assert run.wait() == [0, 0], run.texts()
+    assert f"{name}.safetensors has {len(raw) - 7} bytes" in run.text(0) and "step-00000009" in run.text(0)
+    assert_same_run(undisturbed("zero2", command=pretrain), output)
+
+
 # ---- data, and a rank's own misfortune ----
 
 
@@ -524,6 +575,17 @@ def test_what_ends_one_ranks_data_is_said_on_all(launcher, pair_data, fault, wor
     assert run.wait() == [1, 1], run.texts()
     assert words in run.text(1) and "Traceback" not in run.text(1)
     assert f"rank 1 failed: {'decoding worker' if fault == 'worker' else ''}" in run.text(0) and words in run.text(0)
+
+
+@pytest.mark.torture
+@needs_zero
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_decoding_worker_of_a_rank_that_pretrains_is_killed(launcher, place, whose):
+    flags = ("--zero", "2", "--data.processes", "true", "--schedule.total-steps", "500", "--validation.every", "0")
+    run = pretrain(launcher, place, f"worker{whose}", *flags, plants=[("kill_worker", whose, 4)])
+    assert run.wait() == [1, 1], run.texts()
+    assert "ended by signal 9" in run.text(whose) and "Traceback" not in run.text(whose)
+    assert f"rank {whose} failed: decoding worker" in run.text(1 - whose)
 
 
 @pytest.mark.parametrize("whose", [0, 1])
