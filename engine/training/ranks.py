@@ -184,6 +184,13 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """A library's own call to another rank that failed is reported as those of this class are."""
+        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        if lost and self.world_size > 1:
+            assert isinstance(error, RuntimeError)
+            told = self._lost("a call to the others", 0.0, error)
+            self.leave(told)
+            raise told from error
         self.leave(error)
 
     @property
@@ -309,8 +316,9 @@ class Ranks:
             return OtherFailed(words, next(cause.code for _, cause in sorted(said.items())))
         silent = [str(r) for r in range(self.world_size) if r != self.rank and r not in causes]
         who = f"rank {', '.join(silent)} was killed or stands still" if silent else "a connection broke"
+        after = f" after {seconds:.1f} s" if seconds else ""
         return RankLost(
-            f"rank {self.rank} of {self.world_size}: {what} failed after {seconds:.1f} s; {who} (another rank ended, "
+            f"rank {self.rank} of {self.world_size}: {what} failed{after}; {who} (another rank ended, "
             f"or did not come within {self.timeout:.0f} s). Start again with --resume auto "
             f"({str(error).splitlines()[0][:200]})"
         )
