@@ -116,6 +116,26 @@ def _checked(place: Place, environment: Mapping[str, str]) -> Place:
     return place
 
 
+class TalkClock:
+    """Seconds that this process spent in collective calls, waiting for the others included."""
+
+    def __init__(self) -> None:
+        self.seconds, self._inside = 0.0, False
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts the time inside; once where calls are nested."""
+        if self._inside:
+            yield
+            return
+        self._inside, started = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._inside = False
+            self.seconds += time.perf_counter() - started
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of its run. `first` (rank 0) is who writes and prints.
@@ -129,6 +149,7 @@ class Ranks:
     device: torch.device = torch.device("cpu")
     timeout: float = 1800.0
     board: Board = field(default_factory=Board, compare=False, repr=False)
+    clock: TalkClock = field(default_factory=TalkClock, compare=False, repr=False)
 
     @classmethod
     def from_environment(cls, device: str = "auto", timeout: float = 1800.0) -> "Ranks":
@@ -292,8 +313,10 @@ class Ranks:
             self.barrier()
 
     @contextlib.contextmanager
-    def watched(self, what: str) -> Iterator[None]:
+    def watched(self, what: str, talk: bool = True) -> Iterator[None]:
         """Turns a failed collective call inside into words on what was waited for, how long, and who is missing.
+
+        talk: whether all of the time inside is communication; an engine that also computes there counts its own.
 
         Raises:
             OtherFailed: a rank ended and left its reason.
@@ -301,7 +324,8 @@ class Ranks:
         """
         started = time.monotonic()
         try:
-            yield
+            with self.clock.running() if talk else contextlib.nullcontext():
+                yield
         except RuntimeError as error:
             if self.world_size == 1 or not _of_connections(error):
                 raise

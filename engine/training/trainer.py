@@ -6,6 +6,7 @@ what validation means, or where the batches come from: all are handed in. On CUD
 
 import json
 import math
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from miss.engine.training.plain import Engine
 from miss.engine.training.ranks import ALONE, Ranks
 from miss.engine.training.schedule import rate_share
 from miss.engine.training.signals import ASKING, Interrupted, Signals
+from miss.engine.training.spent import Spent
 from miss.engine.training.state import (
     Generators,
     check_same_run,
@@ -74,17 +76,16 @@ class Interval:
     rows: int = 0
     images: int = 0
     flops: float = 0.0
-    waited: float = 0.0
-    started: float = 0.0
     norm: float = 0.0
+    before: dict[str, float] = field(default_factory=dict)  # seconds by kind when it began
 
-    def paused(self) -> "Interval":
-        """With the seconds so far as a start before 0, for another process's clock."""
-        return replace(self, started=self.started - time.perf_counter())
+    def paused(self, now: dict[str, float]) -> "Interval":
+        """With the seconds so far as a beginning before 0, for another process's clocks."""
+        return replace(self, before={kind: self.before.get(kind, 0.0) - value for kind, value in now.items()})
 
-    def going_on(self) -> "Interval":
-        """The inverse of `paused`, by this process's clock."""
-        return replace(self, started=self.started + time.perf_counter())
+    def going_on(self, now: dict[str, float]) -> "Interval":
+        """The inverse of `paused`, by this process's clocks."""
+        return replace(self, before={kind: self.before.get(kind, 0.0) + value for kind, value in now.items()})
 
 
 class Trainer:
@@ -126,6 +127,7 @@ class Trainer:
         self.ema = Ema(self.shown, config.ema.decay) if config.ema.decay else None
         self.progress = Progress()
         self.store = CheckpointStore(output / "checkpoints", config.checkpoint.keep_last)
+        self.spent = Spent(ranks.clock)
         self._interval = Interval()
         self._signals = Signals()
         self._agreed: int | None = None  # the signal that any of several ranks has got: known to all after each step
@@ -144,6 +146,7 @@ class Trainer:
         total = self.config.schedule.total_steps
         last = min(total, stop_at if stop_at is not None else total)
         started, first = time.perf_counter(), self.progress.step
+        self.spent = Spent(self.ranks.clock)
         log = RunLog(self.output, total, first, self.config.log.tensorboard) if self.ranks.first else NoLog()
         self.model.train()
         try:
@@ -161,22 +164,19 @@ class Trainer:
         if self.progress.step and self._between_steps(self.progress.step, total, log):
             return  # what a signal kept the run from doing after its last step
         with closing(self.loader.steps(self.progress.step)) as steps:
-            self._interval = self._interval.going_on()
+            self._interval = self._interval.going_on(self.spent.seconds())
             while self.progress.step < last:
-                asked = time.perf_counter()
-                work = next(steps)
-                self._interval.waited += time.perf_counter() - asked
+                with self.spent.on("data"):
+                    work = next(steps)
                 self._step(work, self._interval)
                 done = self.progress.step = self.progress.step + 1
                 whole = done % self.config.log.every == 0
                 if whole or done == last:
                     self._log(log, self._interval)
                 if whole or done == total:
-                    self._interval = Interval(started=time.perf_counter())
-                paused = time.perf_counter()
+                    self._interval = Interval(before=self.spent.seconds())
                 if self._between_steps(done, total, log):
                     return
-                self._interval.started += time.perf_counter() - paused  # validation and saving are not the step's time
 
     def _between_steps(self, done: int, total: int, log: RunLog) -> bool:
         """Validation, checkpoint and signals that are due after a step; True where the run should stop early."""
@@ -184,7 +184,8 @@ class Trainer:
         validation, progress = self.config.validation, self.progress
         due = done == total or (validation.every and done % validation.every == 0)
         if self.validate is not None and due and progress.validated != done:
-            self._validate(log)
+            with self.spent.on("validation"):
+                self._validate(log)
         if 0 < validation.patience <= progress.worse_in_a_row:
             log.say(f"no better {validation.metric} in {progress.worse_in_a_row} validations: done")
             return True
@@ -302,7 +303,8 @@ class Trainer:
             with saving(folder):
                 export(folder)
 
-        self.ranks.on_first(write, alike=(CheckpointNotSaved,))
+        with self.spent.on("checkpoint"):
+            self.ranks.on_first(write, alike=(CheckpointNotSaved,))
 
     def _finish(self) -> None:
         with self.averaged():
@@ -310,7 +312,8 @@ class Trainer:
         self.save()
 
     def _log(self, log: RunLog, interval: Interval) -> None:
-        seconds = max(time.perf_counter() - interval.started, 1e-9)
+        spent = self.spent.since(interval.before)
+        seconds = max(sum(spent[kind] for kind in ("compute", "communication", "data")), 1e-9)
         step, rate = self.progress.step, self.config.optimizer.rate_new
         values: dict[str, Any] = {
             "loss": interval.loss / interval.steps,
@@ -318,10 +321,11 @@ class Trainer:
             "gradient_norm": interval.norm / interval.steps,
             "rate_new": rate * rate_share(step - 1, self.config.schedule),
             "epoch": round(self.loader.epoch_of_step(step), 4),
-            "samples_per_s": interval.rows / seconds,
+            f"{self.task.unit}_per_s": interval.rows / seconds,
             "images_per_s": interval.images / seconds,
             "s_per_step": seconds / interval.steps,
-            "data_wait_share": interval.waited / seconds,
+            "data_wait_share": spent["data"] / seconds,
+            **{f"{kind}_s": value / interval.steps for kind, value in spent.items()},
             "gflops_per_s": interval.flops / seconds / 1e9,
             "eta_s": (self.config.schedule.total_steps - step) * seconds / interval.steps,
         }
@@ -329,8 +333,9 @@ class Trainer:
             values["ceiling_share"] = interval.flops / seconds / self._ceiling
         if self.device.type == "cuda":
             values["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        values["resident_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # the most so far
         log.write("train", step, values)
-        log.progress(step, values)
+        log.progress(step, values, self.task.unit)
 
     def _measure_ceiling(self, log: RunLog) -> None:
         if self.config.log.ceiling and self.ranks.first:
@@ -339,15 +344,12 @@ class Trainer:
 
     def _summary(self, first: int, seconds: float) -> dict[str, Any]:
         summary = {**asdict(self.progress), "total_steps": self.config.schedule.total_steps}
-        return summary | {
-            "metric": self.config.validation.metric,
-            "resumed_from": first,
-            "seconds": round(seconds, 1),
-        }
+        summary |= {"metric": self.config.validation.metric, "resumed_from": first, "seconds": round(seconds, 1)}
+        return summary | {"spent": {kind: round(value, 2) for kind, value in self.spent.seconds().items()}}
 
     def _conclude(self, summary: dict[str, Any]) -> None:
         with saving(self.output / "summary.json"):
-            draw_curves(self.output, self.config.validation.metric)
+            draw_curves(self.output, self.config.validation.metric, self.task.loss_is)
             write_json(self.output / "summary.json", summary)
 
     # ---- state ----
@@ -358,6 +360,10 @@ class Trainer:
         Raises:
             CheckpointNotSaved: on all ranks, with the reason of the first's disk; what was saved before is untouched.
         """
+        with self.spent.on("checkpoint"):
+            return self._save()
+
+    def _save(self) -> Path:
         weights, state, generators = self.engine.weights(), self.engine.state(), random_state()
         everyone = self.ranks.gather_objects(generators)
 
@@ -381,7 +387,7 @@ class Trainer:
         save_random(folder, generators)
         state = {
             "progress": asdict(self.progress),
-            "interval": asdict(self._interval.paused() if self._interval.steps else Interval()),
+            "interval": asdict(self._interval.paused(self.spent.seconds()) if self._interval.steps else Interval()),
             "average_updates": self.ema.num_updates if self.ema is not None else 0,
             "config": self.config.to_dict(),
         }

@@ -193,14 +193,13 @@ def undisturbed(launcher, place):
     return run
 
 
-TIMES = {"time", "seconds"} | {f"{name}_per_s" for name in ("samples", "images", "gflops")}
-TIMES |= {"s_per_step", "eta_s", "data_wait_share"}
+TIMES = {"time", "seconds", "s_per_step", "data_wait_share", "resident_gb"}
 
 
 def curve(output):
     """What the log says, without what a clock said."""
     return [
-        {name: value for name, value in line.items() if name not in TIMES}
+        {name: value for name, value in line.items() if name not in TIMES and not name.endswith("_s")}
         for line in read_log(output / "log.jsonl")
         if line["kind"] in ("train", "validation")
     ]
