@@ -46,13 +46,13 @@ class Board:
         self._store, self._rank, self._world_size, self._host = store, rank, world_size, host
         self._posted, self._heard = False, None
         self._closing.clear()
-        threading.Thread(target=lambda: _quietly(self._listen), daemon=True, name="board").start()
+        threading.Thread(target=lambda: _quietly(lambda: self._listen(store)), daemon=True, name="board").start()
 
-    def _listen(self) -> None:
+    def _listen(self, store: Any) -> None:
         while not self._closing.wait(_EVERY):
-            if self._store.check([_SAID]):
-                self._heard = self._read(_SAID)
-                self._store.set(_read(self._rank), "")
+            if store.check([_SAID]):
+                self._heard = _cause(store, _SAID)
+                store.set(_read(self._rank), "")
                 return
 
     def post(self, cause: Cause) -> None:
@@ -64,45 +64,52 @@ class Board:
         keys = [_ended(self._rank)] if cause.lost else [_ended(self._rank), _SAID]
         if not cause.lost:
             self._closing.set()
-        _bounded(lambda: [store.set(key, entry) for key in keys])
+        self._bounded(lambda: [store.set(key, entry) for key in keys])
 
     def causes(self) -> dict[int, Cause]:
         """What the other ranks left, by rank; those that are missing were killed or do not answer."""
         found: dict[int, Cause] = {}
-        if self._store is not None and self._heard is None:
-            _bounded(lambda: self._collect(found))
+        if (store := self._store) is not None and self._heard is None:
+            self._bounded(lambda: self._collect(store, found))
         if (heard := self._heard) is not None:
             return {heard.rank: heard}
         return dict(found)
 
-    def _collect(self, found: dict[int, Cause]) -> None:
+    def _collect(self, store: Any, found: dict[int, Cause]) -> None:
         deadline = time.monotonic() + _PATIENCE
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         while len(found) < len(others) and time.monotonic() < deadline and self._heard is None:
             for rank in others:
-                if rank not in found and self._store.check([_ended(rank)]):
-                    found[rank] = self._read(_ended(rank))
+                if rank not in found and store.check([_ended(rank)]):
+                    found[rank] = _cause(store, _ended(rank))
             if any(not cause.lost for cause in found.values()):
                 break
             time.sleep(0.05)
-        self._store.set(_read(self._rank), "")
-
-    def _read(self, key: str) -> Cause:
-        return Cause(*json.loads(self._store.get(key)))
+        store.set(_read(self._rank), "")
 
     def close(self, wait: bool) -> None:
         """Lets go of the store. With `wait` the process that holds it stays until the others have read what it said, or
-        have ended without."""
+        need no more, or have ended without."""
         self._closing.set()
-        if self._store is not None and wait and self._host:
-            _bounded(self._until_read)
+        if self._store is not None and wait:
+            store, key = self._store, _read(self._rank)
+            self._bounded(lambda: self._until_read(store) if self._host else store.set(key, ""))
         self._store = None
 
-    def _until_read(self) -> None:
+    def _until_read(self, store: Any) -> None:
         deadline = time.monotonic() + _PATIENCE
         keys = [_read(rank) for rank in range(self._world_size) if rank != self._rank]
-        while not self._store.check(keys) and time.monotonic() < deadline:
+        while not store.check(keys) and time.monotonic() < deadline:
             time.sleep(0.05)
+
+    def _bounded(self, work: Callable[[], Any]) -> None:
+        """Runs it beside, and not for long: a store in a process that stands still never answers, and is not asked
+        again."""
+        thread = threading.Thread(target=lambda: _quietly(work), daemon=True)
+        thread.start()
+        thread.join(2 * _PATIENCE)
+        if thread.is_alive():
+            self._store = None
 
 
 def agree_on_attempt(store: Any, rank: int, world_size: int, timeout: float) -> str:
@@ -135,19 +142,16 @@ def agree_on_attempt(store: Any, rank: int, world_size: int, timeout: float) -> 
     raise dist.DistStoreError(f"timed out after {timeout:.0f} s: not all of {world_size} ranks came")
 
 
-def _bounded(work: Callable[[], Any]) -> None:
-    """Runs it beside, and not for long: a store in a process that stands still never answers."""
-    thread = threading.Thread(target=lambda: _quietly(work), daemon=True)
-    thread.start()
-    thread.join(2 * _PATIENCE)
-
-
 def _quietly(work: Callable[[], Any]) -> None:
     """Where the store's process is gone there is nothing to be read, and nobody to read: no error of its own."""
     try:
         work()
     except RuntimeError:
         return
+
+
+def _cause(store: Any, key: str) -> Cause:
+    return Cause(*json.loads(store.get(key)))
 
 
 def _ended(rank: int) -> str:

@@ -196,6 +196,8 @@ class Ranks:
         if failed and error is not None:
             words = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
             self.board.post(Cause(self.rank, " ".join(words.split()), exit_code(error), isinstance(error, RankLost)))
+        else:
+            self.board.close(wait=False)
         # NCCL would wait for operations that cannot end any more; the end of the process closes its connections.
         if dist.is_initialized() and not (failed and self.device.type == "cuda"):
             dist.destroy_process_group()
