@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from miss.engine.training.opened import Opened, put_back
 from miss.engine.training.optimizer import build_optimizer, by_parameter, check_kind
 from miss.engine.training.plain import check_same_start, load_whole_state, value_of, whole_state
-from miss.engine.training.ranks import ALONE, Ranks, TalkClock
+from miss.engine.training.ranks import ALONE, Ranks
+from miss.engine.training.timed_calls import time_calls
 from miss.engine.training.zero_config import RunFacts, filled, keeps_whole
 
 # DeepSpeed's collective calls, as its backend names them.
@@ -388,7 +389,7 @@ def _deepspeed(ranks: Ranks) -> Any:
     if ranks.device.type == "cpu":  # its shared-memory reduction is compiled on first use (35 s, and a compiler)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    _time_calls(deepspeed.comm.comm.cdb, ranks.clock)
+    time_calls(deepspeed.comm.comm.cdb, _CALLS, ranks.clock)
     return deepspeed
 
 
@@ -402,33 +403,3 @@ def estimates(num_parameters: int, largest_layer: int, world_size: int) -> dict[
         num_parameters, largest_layer, world_size, 1, cpu_offload=False, cpu_offload_params=False, zero_init=False
     )
     return {"zero 2": int(two[1]), "zero 3": int(three[1])}
-
-
-def _time_calls(backend: Any, clock: TalkClock) -> None:
-    """Counts the time of DeepSpeed's collective calls, and of waiting for those that run beside other work."""
-    for name in _CALLS:
-        call = getattr(backend, name, None)
-        if call is not None:
-            call = getattr(call, "untimed", call)  # an earlier engine's clock is another's
-
-            def timed(*args: Any, _call: Any = call, **kwargs: Any) -> Any:
-                with clock.running():
-                    handle = _call(*args, **kwargs)
-                return handle if handle is None else _TimedHandle(handle, clock)
-
-            timed.untimed = call  # type: ignore[attr-defined]
-            setattr(backend, name, timed)
-
-
-class _TimedHandle:
-    """What a collective call that goes on in the background gives, with waiting counted."""
-
-    def __init__(self, handle: Any, clock: TalkClock) -> None:
-        self._handle, self._clock = handle, clock
-
-    def wait(self, *args: Any, **kwargs: Any) -> Any:
-        with self._clock.running():
-            return self._handle.wait(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._handle, name)

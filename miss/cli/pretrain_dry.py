@@ -37,6 +37,8 @@ def dry_run(config: "PretrainConfig", ranks: "Ranks", as_json: bool) -> int:
 
 def _plan(config: "PretrainConfig", folder: Path, ranks: "Ranks") -> dict[str, Any]:
     """Sizes, steps and bytes of the run as it is configured; a real part's forward pass is measured."""
+    import torch
+
     from miss.engine.data.pair_sampler import PairSampler
     from miss.engine.training.optimizer import freeze
     from miss.engine.training.pretrain import load_model, make_loader
@@ -56,7 +58,8 @@ def _plan(config: "PretrainConfig", folder: Path, ranks: "Ranks") -> dict[str, A
     steps = make_loader(config, chosen.train, processor, folder / "plan", device, ranks).steps()
     part = max(next(steps), key=lambda batch: len(batch.ids)).to(device)
     steps.close()
-    activations = max(ranks.gather_objects(saved_bytes(lambda: model(part, seed=1), model)))
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        activations = max(ranks.gather_objects(saved_bytes(lambda: model(part, seed=1), model)))
     sizes, data = Sizes.of(model), config.data
     sampler = PairSampler(len(chosen.train), data.pairs_per_step, config.seed)
     run_ranks = max(2, ranks.world_size)
