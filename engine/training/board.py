@@ -124,7 +124,8 @@ def agree_on_attempt(store: Any, rank: int, world_size: int, timeout: float) -> 
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     store.set(f"come/{rank}", mine)
-    name, come = "", []
+    name = ""
+    come: list[str] = []
     while time.monotonic() < deadline:
         if rank == 0:
             keys = [f"come/{other}" for other in range(world_size)]

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from contextlib import closing
@@ -136,6 +137,16 @@ def broken(rank, whose, index):
     before_step(plant)
 
 
+def fill_disk(rank, folder, index):
+    """From this step on nothing fits on it."""
+
+    def plant(trainer, work):
+        if rank == 0 and work.index == index:
+            fill(Path(folder) / "filler", 0)
+
+    before_step(plant)
+
+
 def failing_export(rank):
     """From here on this process's files end at 60 kB: the whole model does not fit, the log does."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
@@ -198,6 +209,8 @@ def full_disk(rank, folder, engine, stage, every):
         if ranks.first:
             verify(store.folder / "step-00000003")
             (Path(folder).parent / "failures").write_text(str(failures))
+            filler.unlink()
+            shutil.rmtree(output)
     return 0
 
 
