@@ -236,7 +236,7 @@ def killed_again_and_again(launcher, place, undisturbed, engine, kills, seed, co
     in a step, a validation or a save; and the same command again."""
     rng, steps, longest = random.Random(seed), 24 + 12 * kills, 0.0
     name, total = f"killed-{command.__name__}-{engine}-{seed}", ("--schedule.total-steps", str(steps))
-    waits = ("--rank-timeout", "30")  # for one that is killed before it joined: a launcher would end the other
+    waits = ("--rank-timeout", "20")  # for one that is killed before it joined: a launcher would end the other
     whole = undisturbed(engine, steps, command)
     for kill in range(kills):
         before = steps_done(place / name)
