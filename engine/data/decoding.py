@@ -33,7 +33,7 @@ TIMEOUT = 120.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # NumPy's pools: nothing here multiplies
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(ValueError):
     """A decoding process ended, or does not answer; the message names it."""
 
 

@@ -46,7 +46,7 @@ class CheckpointStore:
         target = self.folder / f"{_PREFIX}{step:08d}"
         replace_folder(target, lambda aside: _write_with_manifest(aside, write))
         write_atomic(self.folder / LATEST, f"{target.name}\n".encode())
-        self._drop_old(keep)
+        self._drop_old(step, keep)
         return target
 
     def steps(self) -> list[int]:
@@ -90,9 +90,14 @@ class CheckpointStore:
                 )
         return paths
 
-    def _drop_old(self, keep: int | None) -> None:
-        for step in self.steps()[self.keep_last :]:
-            if step != keep:
+    def _drop_old(self, saved: int, keep: int | None) -> None:
+        """Newer ones than `saved` are damaged, or of a future that this run went back from: they do not count, and go
+        now that a whole one is there."""
+        kept = [step for step in self.steps() if step <= saved][: self.keep_last]
+        for step in self.steps():
+            if step > saved:
+                print(f"removed step {step}: this run went on from before it", file=sys.stderr, flush=True)
+            if step not in kept and step != keep:
                 remove_folder(self.folder / f"{_PREFIX}{step:08d}")
 
     def clean(self) -> None:

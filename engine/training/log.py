@@ -95,14 +95,16 @@ def clock(seconds: float) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; one that a crash cut short (it can only be the last) is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    """The lines of a log in the order of steps. One that a crash cut short is left out; of several of a kind and step
+    the last counts: a run that was killed takes steps again that its log has."""
+    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+            values = json.loads(line)
+            lines[values["kind"], values["step"]] = values
+        except (ValueError, KeyError, TypeError):
+            continue
+    return sorted(lines.values(), key=lambda values: values["step"])
 
 
 def cut_log(path: Path, last_step: int) -> None:

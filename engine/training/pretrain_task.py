@@ -79,15 +79,20 @@ class Pretraining:
             values = chain(engine.values(self._trained), (self._frozen,) if self._frozen else ())
             self.model.after_update(*parts, values=values)
 
-    def named(self, work: PairStep, outcomes: list[Outcome]) -> list[str]:
-        everyone = self.ranks.gather_objects(work.keys)
-        named: list[str] = []
-        for number, outcome in enumerate(outcomes):
-            keys = [key for rank in everyone for key in rank[number]]
+    def rows(self, work: PairStep, number: int) -> list[str]:
+        return work.keys[number]
+
+    def not_finite(self, work: PairStep, outcomes: list[Outcome]) -> list[str]:
+        """By the features of both towers, which every process holds of all: its own pairs follow those before it."""
+        counts = self.ranks.gather_objects([len(keys) for keys in work.keys])
+        found: list[str] = []
+        for number, (keys, outcome) in enumerate(zip(work.keys, outcomes, strict=True)):
+            first = sum(each[number] for each in counts[: self.ranks.rank])
             features = outcome.output.features
             bad = ~(features.image.isfinite().all(1) & features.text.isfinite().all(1))
-            named += [key for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad]
-        return named or [key for rank in everyone for part in rank for key in part]
+            own = bad[first : first + len(keys)].tolist()
+            found += [key for key, is_bad in zip(keys, own, strict=True) if is_bad]
+        return found
 
     def figures(self, sums: dict[str, float], loss: float, steps: int, rows: int) -> dict[str, Any]:
         values: dict[str, Any] = {f"loss_{n}": sums[n] / steps for n in ("itc", "itm", "lm")}

@@ -4,7 +4,8 @@ Knows launchers' environments, process groups and collective calls on tensors an
 engines or data.
 
 Every method is called by all ranks, in the same order. Where one ends or stays away the others do not wait for ever:
-they raise `RankLost` once its connections close (gloo: at once) or the time is up.
+once its connections close (gloo: at once) or the time is up they raise `OtherFailed` with the reason that it left on
+the board, or `RankLost` where it left none.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from miss.engine.training.board import ENDED_EARLY, Board, Cause, agree_on_attempt, exit_code
+
 T = TypeVar("T")
 
 _FIRST_PORT, _NUM_PORTS = 20000, 20000  # where srun's processes meet: a port that follows from the job's number
@@ -32,10 +35,20 @@ class LauncherError(ValueError):
 
 
 class RankLost(ValueError):
-    """Another process of the run ended, or did not arrive in time."""
+    """Another process of the run ended without a word, or did not arrive in time."""
+
+    exit_code = ENDED_EARLY
 
 
-class FirstFailed(ValueError):
+class OtherFailed(ValueError):
+    """Another rank ended, and said why; this one leaves with the same exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+class FirstFailed(OtherFailed):
     """What rank 0 does for all went wrong there."""
 
 
@@ -135,6 +148,7 @@ class Ranks:
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
     timeout: float = 1800.0
+    board: Board = field(default_factory=Board, compare=False, repr=False)
     clock: TalkClock = field(default_factory=TalkClock, compare=False, repr=False)
 
     @classmethod
@@ -162,22 +176,45 @@ class Ranks:
         """Starts the process group, also of one process (DeepSpeed wants one)."""
         if dist.is_initialized():
             return
-        store = dist.HashStore() if self.world_size == 1 else None
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         limit = timedelta(seconds=self.timeout)
         with self.watched("joining"):
+            store = dist.HashStore() if self.world_size == 1 else self._meet(limit)
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=limit, store=store)
 
-    def leave(self) -> None:
-        """Ends the process group; what follows is on its own."""
-        if dist.is_initialized():
+    def _meet(self, limit: timedelta) -> dist.Store:
+        """The store that all connect to: torchrun holds it, or else rank 0. The board has a connection of its own."""
+        stores = [next(dist.rendezvous("env://", self.rank, self.world_size, timeout=limit))[0] for _ in range(2)]
+        name = agree_on_attempt(dist.PrefixStore("miss", stores[0]), self.rank, self.world_size, self.timeout)
+        host = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self.board.open(dist.PrefixStore(f"board/{name}", stores[1]), self.rank, self.world_size, host)
+        return dist.PrefixStore(f"ranks/{name}", stores[0])
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Ends the process group; what follows is on its own. After an error the others learn its words first."""
+        failed = error is not None and not isinstance(error, SystemExit)  # an agreed stop: all know
+        if failed and error is not None:
+            words = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+            self.board.post(Cause(self.rank, " ".join(words.split()), exit_code(error), isinstance(error, RankLost)))
+        else:
+            self.board.close(wait=False)
+        # NCCL would wait for operations that cannot end any more; the end of the process closes its connections.
+        if dist.is_initialized() and not (failed and self.device.type == "cuda"):
             dist.destroy_process_group()
+        self.board.close(wait=failed)
 
     def __enter__(self) -> "Ranks":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.leave()
+        """A library's own call to another rank that failed is reported as those of this class are."""
+        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        if lost and self.world_size > 1:
+            assert isinstance(error, RuntimeError)
+            told = self._lost("a call to the others", 0.0, error)
+            self.leave(told)
+            raise told from error
+        self.leave(error)
 
     @property
     def first(self) -> bool:
@@ -246,21 +283,25 @@ class Ranks:
             dist.all_gather_object(held, value)
         return held
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def on_first(self, work: Callable[[], T], alike: tuple[type[ValueError], ...] = ()) -> T:
         """What `work` gives on rank 0, everywhere; the others do not run it, and fail where it fails.
 
+        Args:
+            alike: errors that are raised on the others as what they are (made from a message alone).
+
         Raises:
-            FirstFailed: on the others, with the words of the error that rank 0 raises.
+            FirstFailed: on the others, with the words of the error that rank 0 raises, where it is none of these.
         """
         if not self.first:
             value, failure = self.broadcast_object((None, None))
             if failure is not None:
-                raise FirstFailed(f"rank 0 failed: {failure}")
+                raise _failure_of_first(*failure, alike)  # type: ignore[misc]
             return value  # type: ignore[no-any-return, return-value]
         try:
             value = work()
         except Exception as error:
-            self.broadcast_object((None, str(error) or type(error).__name__))
+            number = next((i for i, kind in enumerate(alike) if isinstance(error, kind)), None)
+            self.broadcast_object((None, (number, str(error) or type(error).__name__, exit_code(error))))
             raise
         return self.broadcast_object((value, None))[0]
 
@@ -275,9 +316,13 @@ class Ranks:
 
     @contextlib.contextmanager
     def watched(self, what: str, talk: bool = True) -> Iterator[None]:
-        """Turns a failed collective call inside into a RankLost that says what was waited for, and how long.
+        """Turns a failed collective call inside into words on what was waited for, how long, and who is missing.
 
         talk: whether all of the time inside is communication; an engine that also computes there counts its own.
+
+        Raises:
+            OtherFailed: a rank ended and left its reason.
+            RankLost: one was killed, or does not answer.
         """
         started = time.monotonic()
         try:
@@ -286,11 +331,27 @@ class Ranks:
         except RuntimeError as error:
             if self.world_size == 1 or not _of_connections(error):
                 raise
-            raise RankLost(
-                f"rank {self.rank} of {self.world_size}: {what} failed after {time.monotonic() - started:.1f} s; "
-                f"another rank ended, or did not come within {self.timeout:.0f} s. Its own output says why; "
-                f"start again with --resume auto ({str(error).splitlines()[0][:200]})"
-            ) from error
+            raise self._lost(what, time.monotonic() - started, error) from error
+
+    def _lost(self, what: str, seconds: float, error: RuntimeError) -> RankLost | OtherFailed:
+        self.board.post(Cause(self.rank, f"lost another rank at {what}", ENDED_EARLY, lost=True))
+        causes = self.board.causes()
+        said = {rank: cause for rank, cause in causes.items() if not cause.lost}
+        if said:
+            words = "; ".join(f"rank {rank} failed: {cause.words}" for rank, cause in sorted(said.items()))
+            return OtherFailed(words, next(cause.code for _, cause in sorted(said.items())))
+        silent = [str(r) for r in range(self.world_size) if r != self.rank and r not in causes]
+        who = f"rank {', '.join(silent)} was killed or stands still" if silent else "a connection broke"
+        after = f" after {seconds:.1f} s" if seconds else ""
+        return RankLost(
+            f"rank {self.rank} of {self.world_size}: {what} failed{after}; {who} (another rank ended, "
+            f"or did not come within {self.timeout:.0f} s). Start again with --resume auto "
+            f"({str(error).splitlines()[0][:200]})"
+        )
+
+
+def _failure_of_first(number: int | None, words: str, code: int, alike: tuple[type[ValueError], ...]) -> ValueError:
+    return FirstFailed(f"rank 0 failed: {words}", code) if number is None else alike[number](words)
 
 
 def _of_connections(error: RuntimeError) -> bool:

@@ -69,9 +69,11 @@ class Task(Protocol):
     def updated(self, engine: Engine, outcomes: list[Outcome]) -> None:
         """What follows an update."""
 
-    def named(self, work: Any, outcomes: list[Outcome]) -> list[str]:
-        """The rows, of all processes, that a step without a finite loss or gradient came from; where that cannot be
-        told, all rows of the step."""
+    def rows(self, work: Any, number: int) -> list[str]:
+        """The names of a part's rows."""
+
+    def not_finite(self, work: Any, outcomes: list[Outcome]) -> list[str]:
+        """This process's rows whose own numbers, as far as they can be told from others', are not finite."""
 
     def figures(self, sums: dict[str, float], loss: float, steps: int, rows: int) -> dict[str, Any]:
         """What the log says of `steps` steps: their added sums, mean loss and rows."""
@@ -108,11 +110,14 @@ class Answering:
 
     def updated(self, engine: Engine, outcomes: list[Outcome]) -> None: ...
 
-    def named(self, work: Any, outcomes: list[Outcome]) -> list[str]:
+    def rows(self, work: Any, number: int) -> list[str]:
+        qids: list[str] = work.parts[number].qids
+        return qids
+
+    def not_finite(self, work: Any, outcomes: list[Outcome]) -> list[str]:
         qids = [qid for part in work.parts for qid in part.qids]
         bad = (~torch.cat([outcome.output for outcome in outcomes]).isfinite()).tolist()
-        found = self.ranks.gather_objects(([q for q, is_bad in zip(qids, bad, strict=True) if is_bad], qids))
-        return [qid for some, _ in found for qid in some] or [qid for _, every in found for qid in every]
+        return [qid for qid, is_bad in zip(qids, bad, strict=True) if is_bad]
 
     def figures(self, sums: dict[str, float], loss: float, steps: int, rows: int) -> dict[str, Any]:
         return {"loss_per_token": loss * rows / max(sums["tokens"], 1)}

@@ -11,9 +11,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,14 +20,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miss.engine.data.augment import hash64
-from miss.engine.training.checkpoint import CheckpointStore, saving, verify
+from miss.engine.training import not_finite
+from miss.engine.training.checkpoint import CheckpointCorrupt, CheckpointNotSaved, CheckpointStore, saving, verify
 from miss.engine.training.config import RunConfig
 from miss.engine.training.ema import Ema
 from miss.engine.training.flops import matmul_ceiling
 from miss.engine.training.log import NoLog, RunLog, draw_curves
+from miss.engine.training.not_finite import NotFinite, Suspects, watched_gradients
 from miss.engine.training.plain import Engine
 from miss.engine.training.ranks import ALONE, Ranks
 from miss.engine.training.schedule import rate_share
+from miss.engine.training.signals import ASKING, Interrupted, Signals
 from miss.engine.training.spent import Spent
 from miss.engine.training.state import (
     Generators,
@@ -49,10 +51,6 @@ Validate = Callable[[nn.Module], dict[str, float]]
 Export = Callable[[Path], None]
 
 
-class NotFinite(ValueError):
-    """The loss or a gradient is not a number, or infinite; nothing was updated with it."""
-
-
 class Stopped(SystemExit):
     """A signal ended the run after its state was saved; `code` is 128 + the signal's number."""
 
@@ -70,7 +68,7 @@ class Progress:
 
 @dataclass
 class Interval:
-    """Sums since the last line of the log."""
+    """Sums since the last line of the log. A checkpoint holds them, so that a resumed run's next line is the same."""
 
     steps: int = 0
     loss: float = 0.0
@@ -80,6 +78,14 @@ class Interval:
     flops: float = 0.0
     norm: float = 0.0
     before: dict[str, float] = field(default_factory=dict)  # seconds by kind when it began
+
+    def paused(self, now: dict[str, float]) -> "Interval":
+        """With the seconds so far as a beginning before 0, for another process's clocks."""
+        return replace(self, before={kind: self.before.get(kind, 0.0) - value for kind, value in now.items()})
+
+    def going_on(self, now: dict[str, float]) -> "Interval":
+        """The inverse of `paused`, by this process's clocks."""
+        return replace(self, before={kind: self.before.get(kind, 0.0) + value for kind, value in now.items()})
 
 
 class Trainer:
@@ -91,8 +97,10 @@ class Trainer:
         engine: makes the updates.
         config: the run; `config.schedule.total_steps` steps in all.
         output: `checkpoints/`, `best/`, `last/`, `log.jsonl`, `loss.png` and `summary.json` go here.
-        validate: called with the averaged weights in the model; `config.validation.metric` of what it returns counts.
+        validate: called on every rank with the averaged weights in the model, so that ranks may share the work; what
+            it returns on rank 0 counts, `config.validation.metric` of it.
         export: writes the model, as it is when called, as a checkpoint folder for answering; all of it or nothing.
+            Called on rank 0; its failure is all ranks'.
         task: what is trained; without one, answering.
         copy: stands in for the model in validation and export, where the engine does not keep that one whole.
     """
@@ -120,9 +128,9 @@ class Trainer:
         self.progress = Progress()
         self.store = CheckpointStore(output / "checkpoints", config.checkpoint.keep_last)
         self.spent = Spent(ranks.clock)
-        self._signal: int | None = None
-        self._some_signal = False  # whether any rank has got one: known to all after each step
-        self._may_interrupt = False
+        self._interval = Interval()
+        self._signals = Signals()
+        self._agreed: int | None = None  # the signal that any of several ranks has got: known to all after each step
         self._ceiling: float | None = None
         self._saved = 0  # the step of the last checkpoint, written or read
 
@@ -130,9 +138,10 @@ class Trainer:
         """Trains to the schedule's end, to an early stop, or to `stop_at` steps; saves; returns the summary.
 
         Raises:
-            NotFinite: before the update that would have spoilt the weights.
-            Stopped: on SIGTERM or SIGINT, after saving.
-            CheckpointNotSaved: the disk is full.
+            NotFinite: before the update that would have spoilt the weights; on all ranks.
+            Stopped: on SIGTERM or SIGINT to any rank, after saving; on all ranks.
+            CheckpointNotSaved: the disk is full; on all ranks.
+            OtherFailed, RankLost: another rank ended, with or without a reason.
         """
         total = self.config.schedule.total_steps
         last = min(total, stop_at if stop_at is not None else total)
@@ -141,13 +150,13 @@ class Trainer:
         log = RunLog(self.output, total, first, self.config.log.tensorboard) if self.ranks.first else NoLog()
         self.model.train()
         try:
-            with self._signals():
+            with self._signalled():
                 self._measure_ceiling(log)
                 self._run(last, total, log)
                 self._finish()
-            if self.ranks.first:
-                draw_curves(self.output, self.config.validation.metric, self.task.loss_is)
-            return self._summary(first, time.perf_counter() - started)
+            summary = self._summary(first, time.perf_counter() - started)
+            self.ranks.on_first(lambda: self._conclude(summary), alike=(CheckpointNotSaved,))
+            return summary
         finally:
             log.close()
 
@@ -155,15 +164,17 @@ class Trainer:
         if self.progress.step and self._between_steps(self.progress.step, total, log):
             return  # what a signal kept the run from doing after its last step
         with closing(self.loader.steps(self.progress.step)) as steps:
-            interval = Interval(before=self.spent.seconds())
+            self._interval = self._interval.going_on(self.spent.seconds())
             while self.progress.step < last:
                 with self.spent.on("data"):
                     work = next(steps)
-                self._step(work, interval)
+                self._step(work, self._interval)
                 done = self.progress.step = self.progress.step + 1
-                if done % self.config.log.every == 0 or done == last:
-                    self._log(log, interval)
-                    interval = Interval(before=self.spent.seconds())
+                whole = done % self.config.log.every == 0
+                if whole or done == last:
+                    self._log(log, self._interval)
+                if whole or done == total:
+                    self._interval = Interval(before=self.spent.seconds())
                 if self._between_steps(done, total, log):
                     return
 
@@ -195,13 +206,14 @@ class Trainer:
             total = total + outcome.loss.detach()
             outcome.loss = outcome.loss.detach()  # what was computed for it is not kept
             outcomes.append(outcome)
-        signalled = torch.tensor([self._signal is not None], dtype=torch.float64, device=self.device)
+        asked = torch.tensor([self._signals.number == name for name in ASKING], device=self.device).double()
         own = torch.stack([outcome.sums for outcome in outcomes]).sum(0)
-        sums = self.ranks.reduce_sum(torch.cat([total.double()[None], signalled, own]))
+        sums = self.ranks.reduce_sum(torch.cat([total.double()[None], asked, own]))
         # The step's one wait for the device: loss and norm must be known, to all ranks, before the update.
-        value, num_signalled, *counts, norm = torch.cat([sums, self.engine.gradient_norm().double()[None]]).tolist()
+        value, *counts, norm = torch.cat([sums, self.engine.gradient_norm().double()[None]]).tolist()
         value /= self.ranks.world_size
-        self._some_signal = num_signalled > 0
+        asking, counts = counts[: len(ASKING)], counts[len(ASKING) :]
+        self._agreed = next((name for name, some in zip(ASKING, asking, strict=True) if some), None)
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise self._not_finite(work, outcomes, value, norm)
         self.engine.step(rate_share(index, config.schedule), config.optimizer.clip, norm)
@@ -215,12 +227,30 @@ class Trainer:
         interval.flops += self.task.flops(work)
 
     def _not_finite(self, work: Work, outcomes: list[Outcome], value: float, norm: float) -> NotFinite:
-        named = self.task.named(work, outcomes)
+        """Names the rows whose own numbers are not finite, of all ranks; else those of the parts whose gradients are
+        not; where these are finite when they are computed again, all of the step."""
+        by_loss = self.task.not_finite(work, outcomes)
+        by_gradient, parameters = self._again(work) if self.ranks.all_true(not by_loss) else ([], [])
+        share = [row for number in range(len(work.parts)) for row in self.task.rows(work, number)]
+        everyone = self.ranks.gather_objects(Suspects(by_loss, by_gradient, share, parameters))
         what = f"loss {value}" if not math.isfinite(value) else f"gradient norm {norm}"
-        return NotFinite(
-            f"step {work.index + 1}: {what}; stopped before the update. Rows: {', '.join(named)}. "
-            f"Check these rows or lower the rates, and start anew with --init on the best weights so far"
-        )
+        step = work.index + 1
+        if self.ranks.first:
+            not_finite.write(everyone, step, what, self.output)
+        return NotFinite(not_finite.describe(everyone, step, what, self.output))
+
+    def _again(self, work: Work) -> tuple[list[str], list[str]]:
+        """The step's passes once more, on all ranks: gradients are looked at before they are added up over ranks."""
+        rows: list[str] = []
+        names: set[str] = set()
+        for number in range(len(work.parts)):
+            with watched_gradients(self.model) as found:
+                with self._autocast():
+                    outcome = self.task.run(self.engine, work, number)
+                self.engine.backward(outcome.loss, number == len(work.parts) - 1)
+            bad = [name for name, is_bad in found.items() if is_bad]
+            rows, names = rows + (self.task.rows(work, number) if bad else []), names | set(bad)
+        return rows, sorted(names)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
@@ -245,10 +275,10 @@ class Trainer:
         assert self.validate is not None
         started, progress, name = time.perf_counter(), self.progress, self.config.validation.metric
         with self.averaged(), torch.no_grad():
-            self._may_interrupt = self.ranks.world_size == 1  # nothing of the run's state changes meanwhile
+            self._signals.may_interrupt = self.ranks.world_size == 1  # nothing of the run's state changes meanwhile
             self._leave_if_signalled()
             metrics = self.ranks.broadcast_object(self.validate(self.shown))
-            self._may_interrupt = False
+            self._signals.may_interrupt = False
             if name not in metrics:
                 raise ValueError(f"validation.metric: got {name!r}; validation gives {', '.join(metrics)}")
             value = metrics[name]
@@ -265,9 +295,16 @@ class Trainer:
         log.say(f"step {progress.step}  validation: {shown}{'  (best so far)' if better else ''}")
 
     def _export(self, name: str) -> None:
-        if self.export is not None and self.ranks.first:
-            with self.spent.on("checkpoint"), saving(self.output / name):
-                self.export(self.output / name)
+        export, folder = self.export, self.output / name
+        if export is None:
+            return
+
+        def write() -> None:
+            with saving(folder):
+                export(folder)
+
+        with self.spent.on("checkpoint"):
+            self.ranks.on_first(write, alike=(CheckpointNotSaved,))
 
     def _finish(self) -> None:
         with self.averaged():
@@ -308,15 +345,21 @@ class Trainer:
     def _summary(self, first: int, seconds: float) -> dict[str, Any]:
         summary = {**asdict(self.progress), "total_steps": self.config.schedule.total_steps}
         summary |= {"metric": self.config.validation.metric, "resumed_from": first, "seconds": round(seconds, 1)}
-        summary["spent"] = {kind: round(value, 2) for kind, value in self.spent.seconds().items()}
-        if self.ranks.first:
+        return summary | {"spent": {kind: round(value, 2) for kind, value in self.spent.seconds().items()}}
+
+    def _conclude(self, summary: dict[str, Any]) -> None:
+        with saving(self.output / "summary.json"):
+            draw_curves(self.output, self.config.validation.metric, self.task.loss_is)
             write_json(self.output / "summary.json", summary)
-        return summary
 
     # ---- state ----
 
     def save(self) -> Path:
-        """The whole state as a checkpoint of the present step: gathered from all ranks, written by the first."""
+        """The whole state as a checkpoint of the present step: gathered from all ranks, written by the first.
+
+        Raises:
+            CheckpointNotSaved: on all ranks, with the reason of the first's disk; what was saved before is untouched.
+        """
         with self.spent.on("checkpoint"):
             return self._save()
 
@@ -328,7 +371,7 @@ class Trainer:
             self._write(folder, weights, state, everyone)
 
         step, best = self.progress.step, self.progress.best_step
-        path = self.ranks.on_first(lambda: self.store.save(step, write, best))
+        path = self.ranks.on_first(lambda: self.store.save(step, write, best), alike=(CheckpointNotSaved,))
         self._saved = step
         return path
 
@@ -344,6 +387,7 @@ class Trainer:
         save_random(folder, generators)
         state = {
             "progress": asdict(self.progress),
+            "interval": asdict(self._interval.paused(self.spent.seconds()) if self._interval.steps else Interval()),
             "average_updates": self.ema.num_updates if self.ema is not None else 0,
             "config": self.config.to_dict(),
         }
@@ -356,7 +400,7 @@ class Trainer:
             CheckpointCorrupt: the folder is damaged.
             ValueError: it is of another model, or of a run that was configured otherwise.
         """
-        self.ranks.on_first(lambda: verify(path))
+        self.ranks.on_first(lambda: verify(path), alike=(CheckpointCorrupt,))
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         check_same_run(type(self.config).from_dict(state["config"]), self.config)
         tensors = load_file(path / "model.safetensors")
@@ -368,6 +412,7 @@ class Trainer:
         if self.task.tensors():
             self.task.load(load_file(path / "memory.safetensors"))
         self.progress = Progress(**state["progress"])
+        self._interval = Interval(**state.get("interval", {}))  # runs of before had none
         if not load_random(path, self.ranks.rank):
             seed_everything(hash64(self.config.seed, _NEW_RANK, self.progress.step, self.ranks.rank))
         self._saved = self.progress.step
@@ -375,41 +420,21 @@ class Trainer:
     # ---- signals ----
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask the run to save at the next step's end and leave; a second SIGINT leaves at once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGINT and self._signal is not None:
-                raise KeyboardInterrupt
-            self._signal = number
-            if self._may_interrupt:
-                self._may_interrupt = False
-                raise _Interrupted
-
-        names = (signal.SIGTERM, signal.SIGINT)
+    def _signalled(self) -> Iterator[None]:
         try:
-            before = {name: signal.signal(name, ask) for name in names}
-        except ValueError:  # not the main thread: signals are somebody else's
-            yield
-            return
-        try:
-            yield
-        except _Interrupted:
+            with self._signals.caught():
+                yield
+        except Interrupted:
             self._leave_if_signalled()
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
 
     def _leave_if_signalled(self) -> None:
-        if self._signal is None if self.ranks.world_size == 1 else not self._some_signal:
+        """Saves and leaves where a signal asked for it: this process, or, after a step, any of several ranks."""
+        number = self._signals.number if self.ranks.world_size == 1 else self._agreed
+        if number is None:
             return
         with self.averaged():
             self._export("last")
-        path, number = self.save(), self._signal or signal.SIGTERM
+        path = self.save()
         if self.ranks.first:
             print(f"{signal.Signals(number).name}: saved {path}; go on with --resume auto", flush=True)
         raise Stopped(128 + number)
-
-
-class _Interrupted(Exception):
-    """A signal during validation."""

@@ -4,7 +4,8 @@ Each command is one file with a dataclass `Args` (its flags, documented) and `ma
 sub-commands has a dictionary `COMMANDS: {name: (Args, main)}` instead; one whose flags depend on a file that another
 flag names has `read_args(argv, prog) -> Args`. Knows nothing of what the commands do.
 
-Exit codes: 0 done, 1 the input could not be served (one line says why), 2 wrong usage, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 the input could not be served (one line says why), 2 wrong usage, 75 another process of a training
+run was killed or stands still (start again), 130 interrupted, 143 terminated.
 """
 
 import difflib
@@ -83,7 +84,7 @@ def _guarded(name: str, call: Callable[[], int | None]) -> int:
     except (ValueError, OSError) as error:
         # The typed errors of every floor are ValueErrors; OSError is a file that is missing, denied or a full disk.
         print(f"miss {name}: {one_line(error)}", file=sys.stderr)
-        return 1
+        return int(getattr(error, "exit_code", 1))
     except ModuleNotFoundError as error:
         if (error.name or "miss").split(".")[0] == "miss":
             raise  # a fault of ours, not a package that is left to be installed

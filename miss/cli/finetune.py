@@ -47,6 +47,8 @@ class Args:
     """auto: go on from the newest whole checkpoint in --output, if any; none: start anew; or a checkpoint's folder."""
     max_steps: int | None = None
     """Stop (and save) once so many steps are done; the schedule keeps its length."""
+    rank_timeout: float = 1800.0
+    """Seconds that ranks wait for each other before they give up; above the longest thing that one does for all."""
     dry_run: bool = False
     """Read everything, show sizes, take one step on two images, save, load; nothing of it is kept."""
     print_config: bool = False
@@ -82,7 +84,7 @@ def finetune(args: Args, output: Path) -> int:
     """Alone, or as one of the processes that torchrun, deepspeed or srun started; the first of them speaks."""
     from miss.engine.training.ranks import Ranks
 
-    with Ranks.from_environment(args.train.device) as ranks:
+    with Ranks.from_environment(args.train.device, args.rank_timeout) as ranks:
         return train(args, output, ranks)
 
 
@@ -94,7 +96,7 @@ def train(args: Args, output: Path, ranks: "Ranks") -> int:
     if ranks.first:
         store.clean()
     resume = ranks.on_first(lambda: choose_checkpoint(args.resume, store))
-    validate = make_validate(args.train)
+    validate = make_validate(args.train, ranks)
     run = prepare(args.train, output, validate=validate, resume=resume, tell=tell, ranks=ranks)
     if not ranks.first:
         run.trainer.fit(args.max_steps)
@@ -112,19 +114,22 @@ def train(args: Args, output: Path, ranks: "Ranks") -> int:
     return 0
 
 
-def make_validate(config: TrainConfig) -> Any:
+def make_validate(config: TrainConfig, ranks: "Ranks") -> Any:
     """How validation's answers are made and judged: greedily, by exact match after the documented normaliser."""
 
     def for_questions(processor: "Processor", questions: "Questions") -> "Validate":
-        return lambda model: exact_match_metrics(model, processor, questions, config)
+        return lambda model: exact_match_metrics(model, processor, questions, config, ranks)
 
     return for_questions
 
 
 def exact_match_metrics(
-    model: "nn.Module", processor: "Processor", questions: "Questions", config: TrainConfig
+    model: "nn.Module", processor: "Processor", questions: "Questions", config: TrainConfig, ranks: "Ranks"
 ) -> dict[str, float]:
-    """`accuracy` over all questions, by answer type and by data set, and the mean over data sets (`accuracy_sets`)."""
+    """`accuracy` over all questions, by answer type and by data set, and the mean over data sets (`accuracy_sets`).
+
+    Batches are the same on any number of ranks, which take turns; every rank returns the figures of all.
+    """
     from miss.engine.evaluation.protocols import answer_type, exact_match
     from miss.engine.runtime.batch import answer_batch
     from miss.engine.runtime.sampler import SamplingParams
@@ -134,7 +139,9 @@ def exact_match_metrics(
     device = next(model.parameters()).device
     params = SamplingParams(num_beams=1, max_new_tokens=config.validation.max_new_tokens, num_alternatives=0)
     right: dict[str, list[bool]] = defaultdict(list)
-    for part, samples in questions.batches(config.validation.batch_questions):
+    for number, (part, samples) in enumerate(questions.batches(config.validation.batch_questions)):
+        if number % ranks.world_size != ranks.rank:
+            continue
         batch = part.batch.to(device)
         tokens = None if batch.image_tokens is None else batch.image_tokens.to(next(model.parameters()).dtype)
         images = batch.pixels if tokens is None else tokens
@@ -144,7 +151,10 @@ def exact_match_metrics(
             text = processor.decode(hypotheses[0].token_ids)
             for key in ("accuracy", answer_type(sample.answer_type, sample.answer), f"set {sample.dataset}"):
                 right[key].append(exact_match(text, sample.answer))
-    shares = {key: sum(values) / len(values) for key, values in right.items()}
+    counts = ranks.gather_objects({key: (sum(values), len(values)) for key, values in right.items()})
+    keys = dict.fromkeys(key for each in counts for key in each)
+    totals = {key: [sum(n) for n in zip(*(each[key] for each in counts if key in each), strict=True)] for key in keys}
+    shares = {key: num_right / num for key, (num_right, num) in totals.items()}
     sets = {key.removeprefix("set "): value for key, value in sorted(shares.items()) if key.startswith("set ")}
     metrics = {"accuracy": shares["accuracy"], "accuracy_sets": sum(sets.values()) / len(sets)}
     metrics |= {f"accuracy_{kind}": shares[kind] for kind in ("open", "closed") if kind in shares}
@@ -154,7 +164,7 @@ def exact_match_metrics(
 def dry_run(args: Args) -> int:
     """Everything once, small, in a folder that goes away."""
     from miss.engine.training.finetune import prepare
-    from miss.engine.training.ranks import place_from
+    from miss.engine.training.ranks import ALONE, place_from
 
     if (size := place_from(os.environ).world_size) != 1:
         raise ConfigError(f"--dry-run: got {size} processes; wanted one: it tries one step on two images")
@@ -167,7 +177,7 @@ def dry_run(args: Args) -> int:
         log=dataclasses.replace(args.train.log, tensorboard=False, ceiling=False),
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(train, Path(folder), validate=make_validate(train), tell=tell, most_images=2)
+        run = prepare(train, Path(folder), validate=make_validate(train, ALONE), tell=tell, most_images=2)
         describe(run)
         tell(f"steps: {args.train.schedule.total_steps}, {steps_an_epoch(args.train, run):.0f} an epoch")
         run.trainer.fit()

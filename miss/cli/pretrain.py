@@ -45,6 +45,8 @@ class Args:
     """auto: go on from the newest whole checkpoint in --output, if any; none: start anew; or a checkpoint's folder."""
     max_steps: int | None = None
     """Stop (and save) once so many steps are done; the schedule keeps its length."""
+    rank_timeout: float = 1800.0
+    """Seconds that ranks wait for each other before they give up; above the longest thing that one does for all."""
     dry_run: bool = False
     """Show memory by rank, steps and communication; take one step on two pairs a rank, save, load; keep nothing."""
     print_config: bool = False
@@ -87,7 +89,7 @@ def main(args: Args) -> int:
         raise ConfigError("--output: missing; wanted the folder for checkpoints, logs and results")
     from miss.engine.training.ranks import Ranks
 
-    with Ranks.from_environment(args.train.device) as ranks:
+    with Ranks.from_environment(args.train.device, args.rank_timeout) as ranks:
         if args.dry_run:
             from miss.cli.pretrain_dry import dry_run
 

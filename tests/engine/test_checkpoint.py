@@ -51,6 +51,15 @@ def test_keeps_the_last_ones_and_the_best(tmp_path):
     assert load_file(newest / "model.safetensors")["x"][0] == 41 and store.steps() == [40, 30]
 
 
+def test_newer_ones_than_the_one_saved_count_for_nothing(tmp_path, capsys):
+    """A run that went on from step 10, as 20 and 30 are damaged: its own next one is kept, and theirs go."""
+    for step in (10, 20, 30):
+        CheckpointStore(tmp_path, keep_last=3).save(step, writer(step))
+    CheckpointStore(tmp_path, keep_last=1).save(11, writer(11), keep=10)
+    assert CheckpointStore(tmp_path).steps() == [11, 10]
+    assert capsys.readouterr().err.count("removed step") == 2
+
+
 def test_nothing_there_is_none_and_all_broken_is_an_error(tmp_path, capsys):
     store = CheckpointStore(tmp_path / "c")
     assert store.newest() is None
