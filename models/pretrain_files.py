@@ -41,6 +41,15 @@ def write_pretraining(
     write_checkpoint(config, tensors, folder, tokenizer=tokenizer, card=card, objective=asdict(objective))
 
 
+def is_pretraining(folder: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint folder is of a pretraining model.
+
+    Raises:
+        CheckpointError: its configuration is missing or is not JSON.
+    """
+    return read_json(Path(folder) / CONFIG).get("model_type") == PRETRAINING_TYPE
+
+
 def read_pretraining(
     folder: str | os.PathLike[str], *, verify: bool = True
 ) -> tuple[MissConfig, ObjectiveConfig, dict[str, Tensor]]:

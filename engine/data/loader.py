@@ -212,6 +212,10 @@ class GroupedLoader:
         self.rank, self.world_size = rank, world_size
         self.num_parts, self.prefetch, self.pin_memory = num_parts, prefetch, pin_memory
 
+    def epoch_of_step(self, index: int) -> float:
+        """How many epochs are done when step `index` begins."""
+        return self.sampler.epoch_of_step(index)
+
     def build(self, index: int) -> Step:
         """Step `index`; the same whenever it is asked for."""
         visits = self.sampler.step(index)

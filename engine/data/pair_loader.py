@@ -55,13 +55,33 @@ class Loaded:
 
 
 class PairStep(list[PretrainBatch]):
-    """A process's parts of step `number`, with the keys of each part's pairs, and what became of all of them."""
+    """A process's parts of step `number`, with the keys of each part's pairs, and what became of all of them.
+
+    `num_rows`: pairs of the whole step, of all processes, those that could not be used included.
+    """
 
     def __init__(
-        self, number: int, parts: Sequence[PretrainBatch], keys: list[list[str]], loaded: list[Loaded]
+        self,
+        number: int,
+        parts: Sequence[PretrainBatch],
+        keys: list[list[str]],
+        loaded: list[Loaded],
+        num_rows: int = 0,
     ) -> None:
         super().__init__(parts)
-        self.number, self.keys, self.loaded = number, keys, loaded
+        self.number, self.keys, self.loaded, self.num_rows = number, keys, loaded, num_rows
+
+    @property
+    def index(self) -> int:
+        return self.number
+
+    @property
+    def parts(self) -> "PairStep":
+        return self
+
+    @property
+    def num_images(self) -> int:
+        return self.num_rows
 
 
 @dataclass
@@ -132,6 +152,10 @@ class PairLoader:
         self.quarantine = Quarantine(quarantine) if quarantine is not None else None
         self._guard = Guard(corrupt or CorruptLimit(), len(pairs))
 
+    def epoch_of_step(self, index: int) -> float:
+        """How many epochs are done when step `index` begins."""
+        return self.sampler.epoch_of_step(index)
+
     def steps(self, first: int = 0) -> Generator[PairStep, None, None]:
         """Steps first, first + 1, … without end.
 
@@ -186,7 +210,7 @@ class PairLoader:
         batches = [self._batch(part) for part in kept]
         for one in loaded:
             one.pixels = None  # in the batch now
-        return PairStep(index, batches, keys, loaded)
+        return PairStep(index, batches, keys, loaded, self.sampler.pairs_per_step)
 
     def _batch(self, part: list[Loaded]) -> PretrainBatch:
         if part:

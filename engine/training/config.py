@@ -5,7 +5,7 @@ Knows names, numbers and their limits; does not know files, tensors or flags: on
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_type_hints
 
 from miss.models.config import ConfigError, from_dict
 
@@ -234,6 +234,45 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         _whole(self, 1, "every")
+
+
+class RunConfig(Protocol):
+    """What the training loop reads of a run's configuration, whatever is trained."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def bf16(self) -> bool: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def schedule(self) -> ScheduleConfig: ...
+    @property
+    def ema(self) -> EmaConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def validation(self) -> "ValidationPart": ...
+    @property
+    def log(self) -> LogConfig: ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dictionaries, ready for YAML and JSON."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """The inverse of `to_dict`."""
+
+
+class ValidationPart(Protocol):
+    """When validation is due, what of it counts, and after how many without a better one a run ends."""
+
+    @property
+    def every(self) -> int: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def patience(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Ema:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
         for part in (self._weights,) if values is None else values:
-            weights = [p.detach().float() for p in part.values()]
+            weights = [p.detach().float().view_as(self.average[name]) for name, p in part.items()]
             torch._foreach_lerp_([self.average[name] for name in part], weights, 1 - decay)
 
     @contextlib.contextmanager

@@ -3,10 +3,7 @@
 Knows which part needs which; does not know flags, generation or metrics: validation's answers are judged elsewhere.
 """
 
-import dataclasses
-import os
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from torch import Tensor
 from miss.engine.data.augment import Limits
 from miss.engine.data.images import decode_image
 from miss.engine.data.loader import GroupedLoader, GroupedSampler, ImageStore
-from miss.engine.data.processor import Processor
+from miss.engine.data.processor import Processor, read_tokenizer
 from miss.engine.training.config import TrainConfig
 from miss.engine.training.features import (
     FeatureStore,
@@ -33,14 +30,16 @@ from miss.engine.training.features import (
 )
 from miss.engine.training.mix import ImageGroup, Questions, Tell, answered, read_mix, tokenise
 from miss.engine.training.optimizer import freeze
-from miss.engine.training.plain import Engine, PlainEngine
+from miss.engine.training.plain import Engine
 from miss.engine.training.ranks import ALONE, Ranks
-from miss.engine.training.state import load_model_tensors, seed_everything
+from miss.engine.training.setup import begin, build_engine, nothing, with_overrides
+from miss.engine.training.state import load_model_tensors
 from miss.engine.training.trainer import Trainer, Validate
-from miss.engine.training.zero_config import RunFacts, keeps_whole, read_ds_config
-from miss.models.recompute import recompute_layers
+from miss.models.conversion import Choices
+from miss.models.pretrain_convert import answering
+from miss.models.pretrain_files import is_pretraining
 from miss.models.vqa import MissVQA
-from miss.models.weights import load_checkpoint, save_checkpoint
+from miss.models.weights import TOKENIZER, build, load_checkpoint, save_checkpoint
 
 
 @dataclass
@@ -80,13 +79,9 @@ def prepare(
     Raises:
         ValueError: data, checkpoint or configuration cannot serve; the message says which and why.
     """
-    seed_everything(config.seed)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace
-    torch.use_deterministic_algorithms(config.deterministic)
-    device = pick_device(config.device) if ranks.world_size == 1 else ranks.device
-    tell = tell if ranks.first else _nothing
-    model, processor = load_model(config)
+    device = begin(config, ranks)
+    tell = tell if ranks.first else nothing
+    model, processor = load_model(config, tell)
     if resume is not None:
         # The image encoder must be the run's (its last norm may be folded) before anything is encoded with it.
         load_model_tensors(model, load_file(resume / "model.safetensors"))
@@ -143,37 +138,32 @@ def prepare(
     )
 
 
-def load_model(config: TrainConfig) -> tuple[MissVQA, Processor]:
+def load_model(config: TrainConfig, tell: Tell = print) -> tuple[MissVQA, Processor]:
     """The checkpoint to start from, with the configuration's overrides of dropout, drop-path and image size."""
     if config.init is None:
         raise ValueError(
             "init: no checkpoint to start from; give a checkpoint folder with --init (`miss convert` makes one from "
             "MISS, BLIP, or DINOv2 and MiniLM weights)"
         )
-    loaded, _ = load_checkpoint(config.init, dtype=torch.float32)
-    processor = Processor.from_folder(Path(config.init))
-    old, wanted = loaded.config, config.model
-    rates: dict[str, Any] = {"dropout": wanted.dropout, "attention_dropout": wanted.attention_dropout}
-    text = {name: rate for name, rate in rates.items() if rate is not None}
-    vision: dict[str, Any] = {} if wanted.drop_path is None else {"drop_path": wanted.drop_path}
-    size: dict[str, Any] = {} if wanted.image_size is None else {"image_size": wanted.image_size}
-    new = dataclasses.replace(
-        old,
-        encoder=dataclasses.replace(old.encoder, **text),
-        decoder=dataclasses.replace(old.decoder, **text),
-        vision=dataclasses.replace(old.vision, **vision),
-        preprocess=dataclasses.replace(old.preprocess, **size),
-    )
-    if new.preprocess.image_size % new.vision.patch_size:
-        raise ValueError(
-            f"model.image_size: got {new.preprocess.image_size}; wanted a multiple of the patch size "
-            f"({new.vision.patch_size})"
-        )
-    if new == old:
+    loaded, processor = answering_model(Path(config.init), tell)
+    new = with_overrides(loaded.config, config.model)
+    if new == loaded.config:
         return loaded, processor
     model = MissVQA(new)
     model.load_state_dict(loaded.state_dict())
     return model, Processor(new.preprocess, processor.tokenizer, new.max_question_length)
+
+
+def answering_model(folder: Path, tell: Tell) -> tuple[MissVQA, Processor]:
+    """The model of a checkpoint folder; a pretraining one is untied, and what became of its tensors is said."""
+    if not is_pretraining(folder):
+        return load_checkpoint(folder, dtype=torch.float32)[0], Processor.from_folder(folder)
+    converted = answering(folder, Choices())
+    new = converted.config
+    processor = Processor(new.preprocess, read_tokenizer(folder / TOKENIZER), new.max_question_length)
+    model, _ = build(converted.config, converted.tensors, dtype=torch.float32, where=str(folder))
+    tell(f"{folder} is of pretraining: {converted.report}")
+    return model, processor
 
 
 @torch.no_grad()
@@ -248,54 +238,10 @@ def make_loader(config: TrainConfig, train: Questions, device: torch.device, ran
 
 def make_engine(config: TrainConfig, model: MissVQA, ranks: Ranks = ALONE) -> tuple[MissVQA | None, Engine]:
     """The engine, and a copy of the model for validation where it does not keep the model itself whole."""
-    if config.recompute:
-        recompute_layers(model)
-    if config.engine == "plain":
-        return None, PlainEngine(model, config.optimizer, ranks)
-    from miss.engine.training.zero import ZeroEngine
-
-    facts = RunFacts(
-        config.optimizer,
-        config.schedule,
-        config.zero_stage,
-        config.data.images_per_step,
-        config.data.accumulation,
-        ranks.world_size,
-        config.bf16,
-        model.config.encoder.hidden_size,
-    )
-    given = {} if config.ds_config is None else read_ds_config(Path(config.ds_config))
-    copy = None if keeps_whole(config.zero_stage, config.bf16) else copy_of(model)
-    return copy, ZeroEngine(model, facts, ranks, given)
-
-
-def copy_of(model: MissVQA) -> MissVQA:
-    """The same weights in memory of their own; its layers' states are kept, as nothing is trained in it."""
-    copy = deepcopy(model)
-    recompute_layers(copy, on=False)
-    return copy
-
-
-def _nothing(text: str) -> None: ...
+    data = config.data
+    return build_engine(config, model, ranks, data.images_per_step, data.accumulation, model.config.encoder.hidden_size)
 
 
 def export(model: MissVQA, processor: Processor, folder: Path) -> None:
     """The model as it is now, as a checkpoint folder for answering."""
     save_checkpoint(model, folder, tokenizer=processor.tokenizer)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: got {name!r}; accepted: auto, cpu, cuda, cuda:N ({reason})") from None
-    return device

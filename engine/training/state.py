@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from miss.engine.training.config import TrainConfig
+from miss.engine.training.config import RunConfig
 
 # What a resumed run may say differently: none of it changes a step.
 _FREE = ("device", "checkpoint", "validation", "log", "init", "engine", "zero_stage", "ds_config", "recompute")
@@ -38,11 +38,11 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         different = sorted(set(held) ^ set(tensors))
         raise ValueError(f"the checkpoint is of another model: {', '.join(different[:5])}")
     for name, tensor in tensors.items():
-        if held[name].shape != tensor.shape:
+        if held[name].shape != tensor.shape and not (held[name].numel() == tensor.numel() == 1):
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} in the checkpoint; the model's is {tuple(held[name].shape)}"
             )
-        held[name].copy_(tensor)
+        held[name].copy_(tensor.reshape(held[name].shape))  # an engine may keep a scalar as a vector of one
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -108,10 +108,10 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_same_run(saved: TrainConfig, now: TrainConfig) -> None:
+def check_same_run(saved: RunConfig, now: RunConfig) -> None:
     """Raises ValueError where two configurations would not take the same steps, naming the keys that differ."""
 
-    def relevant(config: TrainConfig) -> dict[str, Any]:
+    def relevant(config: RunConfig) -> dict[str, Any]:
         values = {k: v for k, v in config.to_dict().items() if k not in _FREE}
         values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
         return flatten(values)

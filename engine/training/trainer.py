@@ -1,7 +1,7 @@
 """The training loop: step after step from any step on, with validation, checkpoints and a log.
 
-Knows the order of things in a step and a run; does not know which engine makes the update, what validation means, or
-where the batches come from: all three are handed in. On CUDA: written for it, never run here.
+Knows the order of things in a step and a run; does not know what is trained (the task), which engine makes the update,
+what validation means, or where the batches come from: all are handed in. On CUDA: written for it, never run here.
 """
 
 import json
@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,11 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miss.engine.data.augment import hash64
-from miss.engine.data.loader import GroupedLoader, Step
 from miss.engine.training.checkpoint import CheckpointStore, saving, verify
-from miss.engine.training.config import TrainConfig
+from miss.engine.training.config import RunConfig
 from miss.engine.training.ema import Ema
-from miss.engine.training.flops import matmul_ceiling, training_flops
+from miss.engine.training.flops import matmul_ceiling
 from miss.engine.training.log import NoLog, RunLog, draw_curves
 from miss.engine.training.plain import Engine
 from miss.engine.training.ranks import ALONE, Ranks
@@ -40,8 +39,9 @@ from miss.engine.training.state import (
     seed_everything,
     write_json,
 )
+from miss.engine.training.task import Answering, Loader, Outcome, Task, Work
 
-_DROPOUT, _NEW_RANK = 21, 22  # what a hash is for
+_NEW_RANK = 22  # what a hash is for
 
 Validate = Callable[[nn.Module], dict[str, float]]
 Export = Callable[[Path], None]
@@ -72,7 +72,7 @@ class Interval:
 
     steps: int = 0
     loss: float = 0.0
-    tokens: int = 0
+    sums: dict[str, float] = field(default_factory=dict)  # the task's
     rows: int = 0
     images: int = 0
     flops: float = 0.0
@@ -85,25 +85,27 @@ class Trainer:
     """One run in one output folder.
 
     Args:
-        model: called as `model(batch, label_smoothing, seed)`; frozen parameters already say so.
+        model: frozen parameters already say so.
         loader: the steps, by number.
         engine: makes the updates.
         config: the run; `config.schedule.total_steps` steps in all.
         output: `checkpoints/`, `best/`, `last/`, `log.jsonl`, `loss.png` and `summary.json` go here.
         validate: called with the averaged weights in the model; `config.validation.metric` of what it returns counts.
         export: writes the model, as it is when called, as a checkpoint folder for answering; all of it or nothing.
+        task: what is trained; without one, answering.
         copy: stands in for the model in validation and export, where the engine does not keep that one whole.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loader: GroupedLoader,
+        loader: Loader,
         engine: Engine,
-        config: TrainConfig,
+        config: RunConfig,
         output: Path,
         *,
         device: torch.device,
+        task: Task | None = None,
         validate: Validate | None = None,
         export: Export | None = None,
         ranks: Ranks = ALONE,
@@ -111,6 +113,7 @@ class Trainer:
     ) -> None:
         self.model, self.loader, self.engine, self.config, self.output = model, loader, engine, config, output
         self.device, self.validate, self.export = device, validate, export
+        self.task: Task = Answering(model, config, device, ranks) if task is None else task
         self.ranks, self.shown = ranks, model if copy is None else copy
         self.ema = Ema(self.shown, config.ema.decay) if config.ema.decay else None
         self.progress = Progress()
@@ -180,51 +183,38 @@ class Trainer:
         self._leave_if_signalled()
         return False
 
-    def _step(self, work: Step, interval: Interval) -> None:
-        config, index = self.config, work.index
+    def _step(self, work: Work, interval: Interval) -> None:
+        config, index, last = self.config, work.index, len(work.parts) - 1
         total = torch.zeros((), device=self.device)
-        tokens, losses = torch.zeros((), dtype=torch.int64, device=self.device), []
-        for number, part in enumerate(work.parts):
-            batch = part.batch.to(self.device, non_blocking=True)
-            seed = hash64(config.seed, _DROPOUT, index, work.first_part + number) >> 1
+        outcomes: list[Outcome] = []
+        for number in range(len(work.parts)):
             with self._autocast():
-                if batch.image_tokens is not None and not config.bf16:
-                    batch.image_tokens = batch.image_tokens.to(next(self.model.parameters()).dtype)
-                output = self.engine(batch, config.label_smoothing, seed)
-                loss = output.loss_per_row.sum() / work.num_rows
-            self.engine.backward(loss * self.ranks.world_size, number == len(work.parts) - 1)
-            total, tokens = total + loss.detach(), tokens + output.num_tokens.sum()
-            losses.append(output.loss_per_row.detach())
-        signalled = torch.tensor(self._signal is not None, dtype=torch.float64, device=self.device)
-        sums = self.ranks.reduce_sum(torch.stack([total.double(), tokens.double(), signalled]))
+                outcome = self.task.run(self.engine, work, number)
+            self.engine.backward(outcome.loss, number == last)
+            total = total + outcome.loss.detach()
+            outcome.loss = outcome.loss.detach()  # what was computed for it is not kept
+            outcomes.append(outcome)
+        signalled = torch.tensor([self._signal is not None], dtype=torch.float64, device=self.device)
+        own = torch.stack([outcome.sums for outcome in outcomes]).sum(0)
+        sums = self.ranks.reduce_sum(torch.cat([total.double()[None], signalled, own]))
         # The step's one wait for the device: loss and norm must be known, to all ranks, before the update.
-        value, count, num_signalled, norm = [*sums, self.engine.gradient_norm().double()]
-        value, count, num_signalled, norm = torch.stack([value, count, num_signalled, norm]).tolist()
+        value, num_signalled, *counts, norm = torch.cat([sums, self.engine.gradient_norm().double()[None]]).tolist()
+        value /= self.ranks.world_size
         self._some_signal = num_signalled > 0
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise self._not_finite(work, losses, value, norm)
+            raise self._not_finite(work, outcomes, value, norm)
         self.engine.step(rate_share(index, config.schedule), config.optimizer.clip, norm)
+        self.task.updated(self.engine, outcomes)
         if self.ema is not None:
             self.ema.update(self.engine.values())
         interval.steps, interval.loss, interval.norm = interval.steps + 1, interval.loss + value, interval.norm + norm
-        interval.tokens, interval.rows = interval.tokens + int(count), interval.rows + work.num_rows
-        interval.images += work.num_images
-        interval.flops += self._flops(work)
+        for name, count in zip(self.task.names, counts, strict=True):
+            interval.sums[name] = interval.sums.get(name, 0.0) + count
+        interval.rows, interval.images = interval.rows + work.num_rows, interval.images + work.num_images
+        interval.flops += self.task.flops(work)
 
-    def _flops(self, work: Step) -> float:
-        model_config = getattr(self.model, "config", None)
-        if model_config is None:
-            return 0.0
-        words = self.model.get_parameter("encoder.embeddings.word.weight").requires_grad
-        vision = self.config.train_vision
-        return sum(training_flops(model_config, part.batch, vision, words) for part in work.parts)
-
-    def _not_finite(self, work: Step, losses: list[Tensor], value: float, norm: float) -> NotFinite:
-        """Names the rows whose own loss is not finite, of all ranks; where only a gradient is not, all of the step."""
-        qids = [qid for part in work.parts for qid in part.qids]
-        bad = (~torch.cat(losses).isfinite()).tolist()
-        found = self.ranks.gather_objects(([q for q, is_bad in zip(qids, bad, strict=True) if is_bad], qids))
-        named = [qid for some, _ in found for qid in some] or [qid for _, every in found for qid in every]
+    def _not_finite(self, work: Work, outcomes: list[Outcome], value: float, norm: float) -> NotFinite:
+        named = self.task.named(work, outcomes)
         what = f"loss {value}" if not math.isfinite(value) else f"gradient norm {norm}"
         return NotFinite(
             f"step {work.index + 1}: {what}; stopped before the update. Rows: {', '.join(named)}. "
@@ -242,7 +232,7 @@ class Trainer:
             with torch.no_grad():
                 for values in self.engine.values():
                     for name, value in values.items():
-                        own[name].copy_(value)
+                        own[name].copy_(value.reshape(own[name].shape))  # an engine may keep a scalar as a vector
         self.shown.eval()
         try:
             with self.ema.applied() if self.ema is not None else nullcontext():
@@ -261,7 +251,8 @@ class Trainer:
             if name not in metrics:
                 raise ValueError(f"validation.metric: got {name!r}; validation gives {', '.join(metrics)}")
             value = metrics[name]
-            better = progress.best is None or value > progress.best
+            least = name.startswith("loss")  # of losses less is better
+            better = progress.best is None or (value < progress.best if least else value > progress.best)
             if better:
                 progress.best, progress.best_step, progress.worse_in_a_row = value, progress.step, 0
                 self._export("best")
@@ -287,10 +278,10 @@ class Trainer:
         step, rate = self.progress.step, self.config.optimizer.rate_new
         values: dict[str, Any] = {
             "loss": interval.loss / interval.steps,
-            "loss_per_token": interval.loss / interval.steps * interval.rows / max(interval.tokens, 1),
+            **self.task.figures(interval.sums, interval.loss / interval.steps, interval.steps, interval.rows),
             "gradient_norm": interval.norm / interval.steps,
             "rate_new": rate * rate_share(step - 1, self.config.schedule),
-            "epoch": round(self.loader.sampler.epoch_of_step(step), 4),
+            "epoch": round(self.loader.epoch_of_step(step), 4),
             "samples_per_s": interval.rows / seconds,
             "images_per_s": interval.images / seconds,
             "s_per_step": seconds / interval.steps,
@@ -339,6 +330,8 @@ class Trainer:
         if self.ema is not None:
             save_tensors(self.ema.average, folder / "average.safetensors")
         save_tensors(optimizer, folder / "optimizer.safetensors")
+        if memory := self.task.tensors():
+            save_tensors(memory, folder / "memory.safetensors")
         save_random(folder, generators)
         state = {
             "progress": asdict(self.progress),
@@ -356,13 +349,15 @@ class Trainer:
         """
         self.ranks.on_first(lambda: verify(path))
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        check_same_run(TrainConfig.from_dict(state["config"]), self.config)
+        check_same_run(type(self.config).from_dict(state["config"]), self.config)
         tensors = load_file(path / "model.safetensors")
         load_model_tensors(self.shown, tensors)
         self.engine.load_weights(tensors)
         if self.ema is not None:
             self.ema.load(load_file(path / "average.safetensors"), state["average_updates"])
         self.engine.load_state(load_file(path / "optimizer.safetensors"))
+        if self.task.tensors():
+            self.task.load(load_file(path / "memory.safetensors"))
         self.progress = Progress(**state["progress"])
         if not load_random(path, self.ranks.rank):
             seed_everything(hash64(self.config.seed, _NEW_RANK, self.progress.step, self.ranks.rank))

@@ -4,13 +4,8 @@ Knows YAML, flags, and how validation's answers are judged; the training floor d
 """
 
 import dataclasses
-import json
 import os
-import platform
-import re
 import shlex
-import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -20,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 import yaml
 
+from miss.cli.runs import choose_checkpoint, config_path, read_yaml, tell, with_capitals, write_record
 from miss.engine.training.config import TrainConfig
 from miss.models.config import ConfigError
 
@@ -63,53 +59,11 @@ class Args:
 
 def read_args(argv: list[str], prog: str) -> Args:
     """Flags over the file that --config names over defaults."""
-    argv = [
-        word.capitalize() if word in ("true", "false") and before.startswith("--") else word
-        for before, word in zip(["", *argv], argv, strict=False)
-    ]
+    argv = with_capitals(argv)
     path = config_path(argv)
     train = TrainConfig.from_dict(read_yaml(path)) if path else TrainConfig()
     default = Args(config=path, command=shlex.join([*prog.split(), *argv]), train=train)
     return tyro.cli(Args, args=argv, prog=prog, default=default)
-
-
-def config_path(argv: list[str]) -> Path | None:
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            return Path(argv[i + 1])
-        if word.startswith("--config="):
-            return Path(word.removeprefix("--config="))
-    return None
-
-
-class Loader(yaml.SafeLoader):
-    """YAML whose `1e-4` is a number, as people mean it (YAML 1.1 wants `1.0e-4`)."""
-
-
-Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file.
-
-    Raises:
-        ConfigError: it is missing, or not a YAML mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--config {path}: {getattr(error, 'strerror', None) or 'not text'}; wanted a YAML file"
-        ) from None
-    try:
-        values = yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: got {type(values).__name__}; wanted a mapping of keys")
-    return values
 
 
 def main(args: Args) -> int:
@@ -145,7 +99,7 @@ def train(args: Args, output: Path, ranks: "Ranks") -> int:
     if not ranks.first:
         run.trainer.fit(args.max_steps)
         return 0
-    write_record(args, output)
+    write_record(args.train, args.command, output)
     describe(run)
     if resume is not None:
         tell(f"going on from {resume} (step {run.trainer.progress.step})")
@@ -156,26 +110,6 @@ def train(args: Args, output: Path, ranks: "Ranks") -> int:
     tell(f"{summary['step']} of {summary['total_steps']} steps in {summary['seconds']:.0f} s. {best}")
     tell(f"checkpoint folders: {', '.join(str(output / n) for n in ('best', 'last') if (output / n).is_dir())}")
     return 0
-
-
-def choose_checkpoint(resume: str, store: Any) -> Path | None:
-    """The training checkpoint that --resume means."""
-    if resume == "auto":
-        return store.newest()  # type: ignore[no-any-return]
-    if resume == "none":
-        if store.steps():
-            raise ConfigError(
-                f"--resume none: {store.folder} holds checkpoints of an earlier run; choose another --output, remove "
-                f"them, or --resume auto"
-            )
-        return None
-    path = Path(resume)
-    if not path.is_dir():
-        raise ConfigError(f"--resume: got {resume!r}; accepted: auto, none, or a folder under OUTPUT/checkpoints")
-    from miss.engine.training.checkpoint import verify
-
-    verify(path)
-    return path
 
 
 def make_validate(config: TrainConfig) -> Any:
@@ -263,39 +197,3 @@ def describe(run: "Finetuning") -> None:
             sets[group.samples[0].dataset][0] += 1
             sets[group.samples[0].dataset][1] += len(group.samples)
         tell(f"{name}: " + ", ".join(f"{key} {q} questions on {i} images" for key, (i, q) in sets.items()))
-
-
-def write_record(args: Args, output: Path) -> None:
-    """`config.yaml` (as resolved) and `environment.json` (versions, commit, command), beside the results."""
-    import torch
-
-    import miss
-
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(yaml.safe_dump(args.train.to_dict(), sort_keys=False), encoding="utf-8")
-    environment = {
-        "command": args.command,
-        "miss": miss.__version__,
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "platform": platform.platform(),
-    }
-    (output / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
-
-
-def git_commit() -> str | None:
-    """The commit of the source tree, with `-dirty` where files were changed; None where it is installed without one."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

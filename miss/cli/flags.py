@@ -1,7 +1,7 @@
 """Flags of a command out of its dataclass: through tyro, or, where that is not installed, through argparse.
 
 Knows dataclasses and flags; does not know any command. A GPU machine that installs nothing has no tyro: there every
-command but `finetune`, whose flags are a whole configuration, reads the same flags in the same words.
+command but `finetune` and `pretrain`, whose flags are a whole configuration, reads the same flags in the same words.
 """
 
 import argparse
