@@ -46,6 +46,7 @@ class Study:
     pretrain_flags: tuple[str, ...] = ()
     finetune_flags: tuple[str, ...] = ()
     limit: int | None = None
+    until: str | None = None
 
     def pairs(self) -> list[str]:
         return [str(self.out / "pairs" / name) for name in LABELS]
@@ -161,6 +162,7 @@ def read_study(argv: list[str] | None = None) -> Study:
     parser.add_argument(
         "--smoke", action="store_true", help="a few small steps: tries the chain, its table says nothing"
     )
+    parser.add_argument("--until", help="leave behind this stage (captions, pack-mednist, start, pretrain, …)")
     args = parser.parse_args(argv)
     from miss.engine.data.datasets import resolve_data_root
 
@@ -172,20 +174,24 @@ def read_study(argv: list[str] | None = None) -> Study:
         steps[0] if args.pretrain_steps is None else args.pretrain_steps,
         steps[1] if args.finetune_steps is None else args.finetune_steps,
         tuple(args.seeds),
+        until=args.until,
     )
+    names = [stage.name for stage in stages(study)]
+    if args.until not in (None, *names):
+        parser.error(f"--until: got {args.until!r}; accepted: {', '.join(names)}")
     return smoke(study) if args.smoke else study
 
 
 def smoke(study: Study) -> Study:
-    """The same chain in minutes: few steps, SLAKE and VQA-RAD without augmented copies, 40 questions of each split."""
+    """The same chain in minutes: few steps, SLAKE alone without augmented copies, 40 questions of each split."""
     small = ("--schedule.warmup-steps", "1", "--log.ceiling", "false", "--log.every", "1")
-    finetune = ("--data.train.2.weight", "0", "--augment.copies", "1")
+    alone = ("--data.train.1.weight", "0", "--data.train.2.weight", "0", "--data.exclude-leaks", "false")
     return dataclasses.replace(
         study,
         pretrain_steps=4,
         finetune_steps=3,
         pretrain_flags=(*small, "--data.pairs-per-step", "16", "--validation.pairs", "16"),
-        finetune_flags=(*small, *finetune),
+        finetune_flags=(*small, *alone, "--augment.copies", "1"),
         limit=40,
     )
 
@@ -194,6 +200,8 @@ def main() -> None:
     study = read_study()
     for stage in stages(study):
         perform(study, stage)
+        if stage.name == study.until:
+            return
     print(write_table(study.out, study.seeds, study.data), end="")
 
 

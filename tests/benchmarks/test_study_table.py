@@ -1,12 +1,17 @@
 """The pretraining study's table: paired differences, their verdicts, and what is refused; the chain's order."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from miss.benchmarks.study_pretraining import Stage, Study, perform, stages
+from miss.benchmarks.study_pretraining import Stage, Study, perform, read_study, stages
 from miss.benchmarks.study_table import Answers, compare, markdown, read_answers
+from miss.cli import finetune, pretrain
+from miss.engine.training.pretrain_task import augments
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def answers(right):
@@ -108,3 +113,25 @@ def test_a_stage_that_is_done_is_not_done_again_nor_with_other_settings(tmp_path
     with pytest.raises(ValueError, match="no"):
         perform(made, Stage("next", ("x",), fails))
     assert not (made.out / "done" / "next.json").exists() and calls == [1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--smoke"], ["--minutes", "60"]])
+def test_every_training_command_is_one_that_the_command_line_takes(tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(ROOT)
+    made = read_study(["--start", str(tmp_path / "start"), "--out", "runs/x", "--data", str(tmp_path), *flags])
+    for stage in stages(made):
+        if stage.words[0] == "pretrain":
+            train = pretrain.read_args(list(stage.words[1:]), "miss pretrain").train
+            assert not train.train_vision and not augments(train) and len(train.data.pairs) == 4
+            assert train.schedule.total_steps == made.pretrain_steps and train.data.exclude_held_out
+        elif stage.words[0] == "finetune":
+            train = finetune.read_args(list(stage.words[1:]), "miss finetune").train
+            assert train.schedule.total_steps == made.finetune_steps and not train.standardise_features
+            assert str(train.seed) in stage.name and not train.train_vision
+
+
+def test_a_stage_to_stop_behind_must_exist(tmp_path):
+    common = ["--start", "start", "--out", "out", "--data", str(tmp_path)]
+    assert read_study([*common, "--until", "pretrain"]).until == "pretrain"
+    with pytest.raises(SystemExit):
+        read_study([*common, "--until", "nowhere"])
