@@ -140,24 +140,16 @@ class SelfAttention(nn.Module):
         causal: bool = False,
         dropout: float = 0.0,
         seed: int | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C); keys past `lengths` (B,) are not attended to."""
-        q, k, v = self.project(x)
-        out = attention(q, k, v, lengths, causal, None, dropout if seed is not None else 0.0, seed)
-        return self.output(out.flatten(-2))
-
-    def packed(
-        self,
-        x: Tensor | QuantRows,
-        packing: Packing,
-        causal: bool = False,
-        dropout: float = 0.0,
-        seed: int | None = None,
-    ) -> Tensor:
-        """x (M, C) -> (M, C), each token attending to its own row's."""
+        """x (B, T, C) -> (B, T, C); keys past `lengths` (B,) are not attended to. With a packing (M, C) -> (M, C), each
+        token attending to its own row's."""
         q, k, v = self.project(x)
         p = dropout if seed is not None else 0.0
-        out = attention_varlen(q, k, v, packing.offsets, packing.max_length, causal, None, p, seed)
+        if packing is None:
+            out = attention(q, k, v, lengths, causal, None, p, seed)
+        else:
+            out = attention_varlen(q, k, v, packing.offsets, packing.max_length, causal, None, p, seed)
         return self.output(out.flatten(-2))
 
     def first(
@@ -274,10 +266,7 @@ class TextLayer(nn.Module):
             if packing is None:
                 return text_layer(x, whole, heads, lengths, source=source, index=index)
             return text_layer(x, whole, heads, None, packing.offsets, packing.max_length, source, index)
-        if packing is not None:
-            attended = self.self_attention.packed(x, packing, causal, self.attention_dropout, mix(seed, 0))
-        else:
-            attended = self.self_attention(x, lengths, causal, self.attention_dropout, mix(seed, 0))
+        attended = self.self_attention(x, lengths, causal, self.attention_dropout, mix(seed, 0), packing)
         following = self.mlp.input if source is None else self.cross_attention.query
         x, rows = self.self_attention.norm.add_both(attended, x, following, self.dropout, mix(seed, 1))
         if source is not None:
@@ -342,9 +331,8 @@ class TextEmbeddings(nn.Module):
                 raise ValueError(
                     f"{ids.shape[-1]} tokens; the position table has {self.position.num_embeddings}: shorten the text"
                 )
-            where = self.position.weight[: ids.shape[-1]]
-        else:
-            where = self.position(positions)
+            positions = torch.arange(ids.shape[-1], device=ids.device)
+        where = self.position(positions)  # as a module, padded or packed: ranks must enter the same ones in one order
         x = self.norm(self.word(ids) + where)
         p = self.dropout if seed is not None else 0.0
         return dropout(x, p, as_seed(mix(seed, EMBEDDINGS), p))

@@ -43,18 +43,19 @@ class RunLog:
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)  # type: ignore[no-untyped-call]
 
-    def progress(self, step: int, values: dict[str, Any]) -> None:
-        """Where the run is, for people: loss, samples/s, time left."""
-        left = clock(values["eta_s"])
+    def progress(self, step: int, values: dict[str, Any], unit: str = "samples") -> None:
+        """Where the run is, for people: loss (and its parts), samples or pairs a second, time left."""
+        left, rate = clock(values["eta_s"]), values[f"{unit}_per_s"]
+        parts = {k.removeprefix("loss_"): v for k, v in values.items() if k.startswith("loss_")}
+        parts.pop("per_token", None)
+        apart = f" ({', '.join(f'{k} {v:.2f}' for k, v in parts.items())})" if parts else ""
         if self._bar is not None:
             self._bar.n = step
-            self._bar.set_postfix_str(
-                f"loss {values['loss']:.3f}, {values['samples_per_s']:.0f} samples/s, {left} left"
-            )
+            self._bar.set_postfix_str(f"loss {values['loss']:.3f}{apart}, {rate:.1f} {unit}/s, {left} left")
         else:
             share = f", {values['ceiling_share']:.0%} of the matrix product rate" if "ceiling_share" in values else ""
             self.say(
-                f"step {step}/{self.total_steps}  loss {values['loss']:.4f}  {values['samples_per_s']:.1f} samples/s"
+                f"step {step}/{self.total_steps}  loss {values['loss']:.4f}{apart}  {rate:.1f} {unit}/s"
                 f"{share}  {left} left"
             )
 
@@ -80,7 +81,7 @@ class NoLog(RunLog):
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None: ...
 
-    def progress(self, step: int, values: dict[str, Any]) -> None: ...
+    def progress(self, step: int, values: dict[str, Any], unit: str = "samples") -> None: ...
 
     def say(self, text: str) -> None: ...
 
@@ -111,8 +112,10 @@ def cut_log(path: Path, last_step: int) -> None:
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def draw_curves(output: Path, metric: str) -> Path | None:
-    """`loss.png`: training loss and the validation metric over the steps; None where nothing was logged."""
+def draw_curves(output: Path, metric: str, label: str) -> Path | None:
+    """`loss.png`: training loss, its parts and the validation metric over the steps; None where nothing was logged.
+
+    label: what the loss is, in words."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,12 +123,19 @@ def draw_curves(output: Path, metric: str) -> Path | None:
 
     lines = read_log(output / LOG)
     train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    parts: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for name in line if line["kind"] == "train" else ():
+            if name.startswith("loss_") and name != "loss_per_token":
+                parts.setdefault(name.removeprefix("loss_"), []).append((line["step"], line[name]))
     validation = [(line["step"], line[metric]) for line in lines if line["kind"] == "validation" and metric in line]
     if not train:
         return None
     figure, axis = plt.subplots(figsize=(8, 4.5))
     axis.plot(*zip(*train, strict=True), color="tab:blue", label="training loss")
-    axis.set(xlabel="step", ylabel="loss (sum over answer tokens, mean over questions)", ylim=(0, None))
+    for name, points in parts.items():
+        axis.plot(*zip(*points, strict=True), linewidth=1, label=name)
+    axis.set(xlabel="step", ylabel=label, ylim=(0, None))
     if validation:
         other = axis.twinx()
         other.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", label=f"validation {metric}")

@@ -40,6 +40,7 @@ class Pretraining:
         ramp: in how many steps the momentum twin's opinion reaches its full weight.
     """
 
+    unit, loss_is = "pairs", "loss (means over pairs, matched rows, words)"
     names = ("itc", "itm", "lm", "mlm", "temperature", "right", "matching", "words")
 
     def __init__(

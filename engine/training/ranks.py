@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -103,6 +103,26 @@ def _checked(place: Place, environment: Mapping[str, str]) -> Place:
     return place
 
 
+class TalkClock:
+    """Seconds that this process spent in collective calls, waiting for the others included."""
+
+    def __init__(self) -> None:
+        self.seconds, self._inside = 0.0, False
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts the time inside; once where calls are nested."""
+        if self._inside:
+            yield
+            return
+        self._inside, started = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._inside = False
+            self.seconds += time.perf_counter() - started
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of its run. `first` (rank 0) is who writes and prints.
@@ -115,6 +135,7 @@ class Ranks:
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
     timeout: float = 1800.0
+    clock: TalkClock = field(default_factory=TalkClock, compare=False, repr=False)
 
     @classmethod
     def from_environment(cls, device: str = "auto", timeout: float = 1800.0) -> "Ranks":
@@ -253,11 +274,15 @@ class Ranks:
             self.barrier()
 
     @contextlib.contextmanager
-    def watched(self, what: str) -> Iterator[None]:
-        """Turns a failed collective call inside into a RankLost that says what was waited for, and how long."""
+    def watched(self, what: str, talk: bool = True) -> Iterator[None]:
+        """Turns a failed collective call inside into a RankLost that says what was waited for, and how long.
+
+        talk: whether all of the time inside is communication; an engine that also computes there counts its own.
+        """
         started = time.monotonic()
         try:
-            yield
+            with self.clock.running() if talk else contextlib.nullcontext():
+                yield
         except RuntimeError as error:
             if self.world_size == 1 or not _of_connections(error):
                 raise

@@ -60,6 +60,8 @@ class Task(Protocol):
     """What is trained. All processes call everything in the same order."""
 
     names: tuple[str, ...]
+    unit: str  # what a row is, for people
+    loss_is: str  # what the loss is, for people
 
     def run(self, engine: Engine, work: Any, number: int) -> Outcome:
         """The forward pass of a part, under the loop's autocast."""
@@ -87,7 +89,8 @@ class Task(Protocol):
 class Answering:
     """A model called as `model(batch, label_smoothing, seed)` that gives `loss_per_row` and `num_tokens`."""
 
-    names = ("tokens",)
+    names, unit = ("tokens",), "samples"
+    loss_is = "loss (sum over answer tokens, mean over questions)"
 
     def __init__(self, model: nn.Module, config: Any, device: torch.device, ranks: Ranks) -> None:
         self.model, self.config, self.device, self.ranks = model, config, device, ranks

@@ -6,6 +6,7 @@ what validation means, or where the batches come from: all are handed in. On CUD
 
 import json
 import math
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from miss.engine.training.log import NoLog, RunLog, draw_curves
 from miss.engine.training.plain import Engine
 from miss.engine.training.ranks import ALONE, Ranks
 from miss.engine.training.schedule import rate_share
+from miss.engine.training.spent import Spent
 from miss.engine.training.state import (
     Generators,
     check_same_run,
@@ -76,9 +78,8 @@ class Interval:
     rows: int = 0
     images: int = 0
     flops: float = 0.0
-    waited: float = 0.0
-    started: float = 0.0
     norm: float = 0.0
+    before: dict[str, float] = field(default_factory=dict)  # seconds by kind when it began
 
 
 class Trainer:
@@ -118,6 +119,7 @@ class Trainer:
         self.ema = Ema(self.shown, config.ema.decay) if config.ema.decay else None
         self.progress = Progress()
         self.store = CheckpointStore(output / "checkpoints", config.checkpoint.keep_last)
+        self.spent = Spent(ranks.clock)
         self._signal: int | None = None
         self._some_signal = False  # whether any rank has got one: known to all after each step
         self._may_interrupt = False
@@ -135,6 +137,7 @@ class Trainer:
         total = self.config.schedule.total_steps
         last = min(total, stop_at if stop_at is not None else total)
         started, first = time.perf_counter(), self.progress.step
+        self.spent = Spent(self.ranks.clock)
         log = RunLog(self.output, total, first, self.config.log.tensorboard) if self.ranks.first else NoLog()
         self.model.train()
         try:
@@ -143,7 +146,7 @@ class Trainer:
                 self._run(last, total, log)
                 self._finish()
             if self.ranks.first:
-                draw_curves(self.output, self.config.validation.metric)
+                draw_curves(self.output, self.config.validation.metric, self.task.loss_is)
             return self._summary(first, time.perf_counter() - started)
         finally:
             log.close()
@@ -152,20 +155,17 @@ class Trainer:
         if self.progress.step and self._between_steps(self.progress.step, total, log):
             return  # what a signal kept the run from doing after its last step
         with closing(self.loader.steps(self.progress.step)) as steps:
-            interval = Interval(started=time.perf_counter())
+            interval = Interval(before=self.spent.seconds())
             while self.progress.step < last:
-                asked = time.perf_counter()
-                work = next(steps)
-                interval.waited += time.perf_counter() - asked
+                with self.spent.on("data"):
+                    work = next(steps)
                 self._step(work, interval)
                 done = self.progress.step = self.progress.step + 1
                 if done % self.config.log.every == 0 or done == last:
                     self._log(log, interval)
-                    interval = Interval(started=time.perf_counter())
-                paused = time.perf_counter()
+                    interval = Interval(before=self.spent.seconds())
                 if self._between_steps(done, total, log):
                     return
-                interval.started += time.perf_counter() - paused  # validation and saving are not the step's time
 
     def _between_steps(self, done: int, total: int, log: RunLog) -> bool:
         """Validation, checkpoint and signals that are due after a step; True where the run should stop early."""
@@ -173,7 +173,8 @@ class Trainer:
         validation, progress = self.config.validation, self.progress
         due = done == total or (validation.every and done % validation.every == 0)
         if self.validate is not None and due and progress.validated != done:
-            self._validate(log)
+            with self.spent.on("validation"):
+                self._validate(log)
         if 0 < validation.patience <= progress.worse_in_a_row:
             log.say(f"no better {validation.metric} in {progress.worse_in_a_row} validations: done")
             return True
@@ -265,7 +266,7 @@ class Trainer:
 
     def _export(self, name: str) -> None:
         if self.export is not None and self.ranks.first:
-            with saving(self.output / name):
+            with self.spent.on("checkpoint"), saving(self.output / name):
                 self.export(self.output / name)
 
     def _finish(self) -> None:
@@ -274,7 +275,8 @@ class Trainer:
         self.save()
 
     def _log(self, log: RunLog, interval: Interval) -> None:
-        seconds = max(time.perf_counter() - interval.started, 1e-9)
+        spent = self.spent.since(interval.before)
+        seconds = max(sum(spent[kind] for kind in ("compute", "communication", "data")), 1e-9)
         step, rate = self.progress.step, self.config.optimizer.rate_new
         values: dict[str, Any] = {
             "loss": interval.loss / interval.steps,
@@ -282,10 +284,11 @@ class Trainer:
             "gradient_norm": interval.norm / interval.steps,
             "rate_new": rate * rate_share(step - 1, self.config.schedule),
             "epoch": round(self.loader.epoch_of_step(step), 4),
-            "samples_per_s": interval.rows / seconds,
+            f"{self.task.unit}_per_s": interval.rows / seconds,
             "images_per_s": interval.images / seconds,
             "s_per_step": seconds / interval.steps,
-            "data_wait_share": interval.waited / seconds,
+            "data_wait_share": spent["data"] / seconds,
+            **{f"{kind}_s": value / interval.steps for kind, value in spent.items()},
             "gflops_per_s": interval.flops / seconds / 1e9,
             "eta_s": (self.config.schedule.total_steps - step) * seconds / interval.steps,
         }
@@ -293,8 +296,9 @@ class Trainer:
             values["ceiling_share"] = interval.flops / seconds / self._ceiling
         if self.device.type == "cuda":
             values["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        values["resident_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # the most so far
         log.write("train", step, values)
-        log.progress(step, values)
+        log.progress(step, values, self.task.unit)
 
     def _measure_ceiling(self, log: RunLog) -> None:
         if self.config.log.ceiling and self.ranks.first:
@@ -304,6 +308,7 @@ class Trainer:
     def _summary(self, first: int, seconds: float) -> dict[str, Any]:
         summary = {**asdict(self.progress), "total_steps": self.config.schedule.total_steps}
         summary |= {"metric": self.config.validation.metric, "resumed_from": first, "seconds": round(seconds, 1)}
+        summary["spent"] = {kind: round(value, 2) for kind, value in self.spent.seconds().items()}
         if self.ranks.first:
             write_json(self.output / "summary.json", summary)
         return summary
@@ -312,6 +317,10 @@ class Trainer:
 
     def save(self) -> Path:
         """The whole state as a checkpoint of the present step: gathered from all ranks, written by the first."""
+        with self.spent.on("checkpoint"):
+            return self._save()
+
+    def _save(self) -> Path:
         weights, state, generators = self.engine.weights(), self.engine.state(), random_state()
         everyone = self.ranks.gather_objects(generators)
 

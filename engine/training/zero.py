@@ -21,8 +21,14 @@ from miss.engine.training.opened import Opened, put_back
 from miss.engine.training.optimizer import build_optimizer, by_parameter, check_kind
 from miss.engine.training.plain import check_same_start, load_whole_state, value_of, whole_state
 from miss.engine.training.ranks import ALONE, Ranks
+from miss.engine.training.timed_calls import time_calls
 from miss.engine.training.zero_config import RunFacts, filled, keeps_whole
 
+# DeepSpeed's collective calls, as its backend names them.
+_CALLS = (
+    *("all_reduce", "reduce", "broadcast", "barrier", "all_gather", "all_gather_into_tensor", "all_gather_coalesced"),
+    *("reduce_scatter", "reduce_scatter_tensor", "all_to_all_single", "inference_all_reduce", "all_reduce_coalesced"),
+)
 _CHUNK = 1 << 26  # numbers that are whole at once where parameters are gathered for others to read: 256 MB
 
 
@@ -76,19 +82,19 @@ class ZeroEngine:
         self._plain = self.stage == 0  # DeepSpeed then only averages gradients
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.ranks.watched("the forward pass"):
+        with self.ranks.watched("the forward pass", talk=False):
             tensors = self._engine(*args, **kwargs)
         return put_back(self._opened.shape, tensors)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        with self.ranks.watched("the backward pass"):
+        with self.ranks.watched("the backward pass", talk=False):
             self._engine.backward(loss, scale_wrt_gas=False)
             if not last:
                 self._engine.step()  # moves DeepSpeed to the next part; updates nothing before the last
 
     def gradient_norm(self) -> Tensor:
         """DeepSpeed reports a norm that is not finite as -1 or infinite."""
-        with self.ranks.watched("the norm of gradients"):
+        with self.ranks.watched("the norm of gradients", talk=False):
             norm = torch.as_tensor(self._norm(), dtype=torch.float32, device=self.ranks.device)
         return torch.where(norm < 0, torch.full_like(norm, float("nan")), norm)
 
@@ -113,7 +119,7 @@ class ZeroEngine:
             torch._foreach_mul_(self._gradients(), max_norm / norm)
         for group, rate in zip(self._zero.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * rate_share
-        with self.ranks.watched("the update"):
+        with self.ranks.watched("the update", talk=False):
             self._engine.step()
 
     # ---- whole values ----
@@ -383,4 +389,17 @@ def _deepspeed(ranks: Ranks) -> Any:
     if ranks.device.type == "cpu":  # its shared-memory reduction is compiled on first use (35 s, and a compiler)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    time_calls(deepspeed.comm.comm.cdb, _CALLS, ranks.clock)
     return deepspeed
+
+
+def estimates(num_parameters: int, largest_layer: int, world_size: int) -> dict[str, int]:
+    """DeepSpeed's own estimators: bytes of model states on a device, of halves with float32 masters, no offload."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    two = estimate_zero2_model_states_mem_needs(num_parameters, world_size, 1, cpu_offload=False)
+    three = estimate_zero3_model_states_mem_needs(
+        num_parameters, largest_layer, world_size, 1, cpu_offload=False, cpu_offload_params=False, zero_init=False
+    )
+    return {"zero 2": int(two[1]), "zero 3": int(three[1])}

@@ -45,6 +45,8 @@ class Args:
     """auto: go on from the newest whole checkpoint in --output, if any; none: start anew; or a checkpoint's folder."""
     max_steps: int | None = None
     """Stop (and save) once so many steps are done; the schedule keeps its length."""
+    dry_run: bool = False
+    """Show memory by rank, steps and communication; take one step on two pairs a rank, save, load; keep nothing."""
     print_config: bool = False
     """Print the configuration as it is after file and flags, and leave."""
     json: bool = False
@@ -81,11 +83,16 @@ def main(args: Args) -> int:
     if args.print_config:
         print(yaml.safe_dump(args.train.to_dict(), sort_keys=False), end="")
         return 0
-    if args.output is None:
+    if args.output is None and not args.dry_run:
         raise ConfigError("--output: missing; wanted the folder for checkpoints, logs and results")
     from miss.engine.training.ranks import Ranks
 
     with Ranks.from_environment(args.train.device) as ranks:
+        if args.dry_run:
+            from miss.cli.pretrain_dry import dry_run
+
+            return dry_run(args.train, ranks, args.json)
+        assert args.output is not None
         return train(args, args.output, ranks)
 
 

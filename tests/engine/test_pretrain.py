@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from miss.engine.training.pretrain import load_model, prepare
 from miss.engine.training.pretrain_config import PretrainConfig
 from miss.engine.training.pretrain_pairs import split
 from miss.engine.training.pretrain_validation import recall
+from miss.engine.training.ranks import TalkClock
+from miss.engine.training.spent import Spent
 from miss.models.config import ConfigError
 from miss.models.pretrain_files import load_pretrained
 from tests.engine.tiny_pairs import tiny_pretrain_config, write_config, write_pairs, write_start
@@ -166,6 +169,41 @@ def test_configurations_go_there_and_back_and_refuse(place):
     ]:
         with pytest.raises(ConfigError, match=words):
             PretrainConfig.from_dict(values)
+
+
+def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = write_config(place, "dry.yaml")
+    assert run(["pretrain", "--config", str(config), "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["pairs"] == 36 and found["steps_per_epoch"] == 5 and found["epochs"] == 1.33
+    assert not list(tmp_path.iterdir()) and "nothing was kept" in err
+    model, _ = load_model(tiny_pretrain_config(place), lambda text: None)
+    numbers = sum(p.numel() for p in model.parameters())
+    plain, sharded = found["memory"]["plain"], found["memory"]["zero 2"]
+    assert plain["weights"] == plain["gradients"] == 4 * numbers and plain["moments"] == 8 * numbers
+    assert plain["queue"] == 20 * (2 * 16 * 4 + 8) + 8 and plain["activations"] > 0
+    assert sharded["masters"] == 4 * numbers and found["sent"]["zero 3"]["weights"] == 4 * numbers
+
+
+def test_time_is_of_the_innermost_kind_and_adds_up():
+    talk = TalkClock()
+    spent = Spent(talk)
+    started = time.perf_counter()
+    with talk.running(), talk.running():
+        time.sleep(0.02)
+    with spent.on("validation"):
+        time.sleep(0.01)
+        with spent.on("checkpoint"), talk.running():
+            time.sleep(0.03)
+    before = spent.seconds()
+    time.sleep(0.01)
+    found = spent.since(before)
+    assert found["compute"] >= 0.01 and found["checkpoint"] == 0
+    assert 0.02 <= before["communication"] < 0.03 <= before["checkpoint"] and 0.01 <= before["validation"] < 0.03
+    assert sum(spent.seconds().values()) == pytest.approx(time.perf_counter() - started, abs=2e-3)
 
 
 @pytest.mark.parametrize(
