@@ -72,7 +72,7 @@ def stages(study: Study) -> Iterator[Stage]:
     for name, (file, images) in LABELS.items():
         source = captions / f"{Path(file).parent.name}-{Path(file).stem}-template" / "captions.jsonl"
         packed = study.out / "pairs" / name
-        flags = ("--images", str(study.data / images), "--out", str(packed), "--lossless")
+        flags = ("--images", str(study.data / images), "--out", str(packed), "--quality", "95")
         yield Stage(f"pack-{name}", ("data", "pack", "--pairs", str(source), *flags))
     start = study.out / "start"
     yield Stage("start", ("standardise", str(study.start), str(start)), lambda: standardise(study, start))
