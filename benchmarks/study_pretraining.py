@@ -30,18 +30,24 @@ LABELS = {  # name: label file and image folder, below the folder of the data se
     "vqa-med-2019": ("vqa_med_2019/train.jsonl", "vqa_med_2019"),
     "mednist": ("mednist/labels.jsonl", "mednist"),
 }
-BUDGETS = {60: (700, 350), 120: (1600, 800), 170: (2400, 1200)}  # minutes of two cores: steps of both trainings
+BUDGETS = {  # minutes of two cores: steps of pretraining, of finetuning, copies of finetuning's images
+    60: (300, 400, 1),
+    120: (750, 900, 3),
+    170: (1200, 1500, 3),
+}
 
 
 @dataclass(frozen=True)
 class Study:
-    """start: a checkpoint folder of `miss convert`. data: the folder of the data sets. steps: of each training."""
+    """start: a checkpoint folder of `miss convert`. data: the folder of the data sets. steps: of each training. copies:
+    of SLAKE's and VQA-RAD's images in finetuning, all but the first augmented."""
 
     start: Path
     out: Path
     data: Path
     pretrain_steps: int
     finetune_steps: int
+    copies: int
     seeds: tuple[int, ...]
     pretrain_flags: tuple[str, ...] = ()
     finetune_flags: tuple[str, ...] = ()
@@ -94,6 +100,7 @@ def pretrain_command(study: Study, start: Path) -> tuple[str, ...]:
 def finetune_command(study: Study, arm: str, seed: int, init: Path) -> tuple[str, ...]:
     flags = ["--config", str(CONFIGS / "finetune.yaml"), "--init", str(init), "--output", str(study.run(arm, seed))]
     flags += ["--seed", str(seed), "--data.root", str(study.data), "--data.cache", str(study.out / "cache")]
+    flags += ["--augment.copies", str(study.copies)]
     return ("finetune", *flags, "--schedule.total-steps", str(study.finetune_steps), *study.finetune_flags)
 
 
@@ -173,6 +180,7 @@ def read_study(argv: list[str] | None = None) -> Study:
         resolve_data_root(args.data),
         steps[0] if args.pretrain_steps is None else args.pretrain_steps,
         steps[1] if args.finetune_steps is None else args.finetune_steps,
+        steps[2],
         tuple(args.seeds),
         until=args.until,
     )
@@ -191,7 +199,8 @@ def smoke(study: Study) -> Study:
         pretrain_steps=4,
         finetune_steps=3,
         pretrain_flags=(*small, "--data.pairs-per-step", "16", "--validation.pairs", "16"),
-        finetune_flags=(*small, *alone, "--augment.copies", "1"),
+        copies=1,
+        finetune_flags=(*small, *alone),
         limit=40,
     )
 

@@ -85,7 +85,7 @@ def test_the_table_says_points_seeds_and_verdict():
 
 def study(tmp_path, **fields):
     values = {"start": tmp_path / "start", "out": tmp_path / "out", "data": tmp_path, "seeds": (17, 18)}
-    return Study(pretrain_steps=5, finetune_steps=3, **{**values, **fields})
+    return Study(pretrain_steps=5, finetune_steps=3, copies=1, **{**values, **fields})
 
 
 def test_both_arms_differ_in_where_they_start_and_in_nothing_else(tmp_path):
