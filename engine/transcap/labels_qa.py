@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from miss.engine.data.datasets import is_validation_image
+from miss.engine.transcap.said import Pair, Said, word_set
 from miss.engine.transcap.vocabulary import mentions
 
-Pair = tuple[str, str]
 Row = Mapping[str, Any]
 MODALITIES = {"ct": "CT", "mri": "MRI", "x-ray": "x-ray"}
 SLAKE_ORGANS = {
@@ -53,19 +53,23 @@ PLANES = (
 )
 NOUN = r"(?P<what>[a-z' -]+?)"
 SHOWN = (
-    r"(?: present| seen| visible| noted| identified)?(?: (?:in|on) (?:the|this) (?:image|picture|scan|film|ct|mri))?"
+    r"(?: present| seen| visible| noted| identified| pictured| shown)?"
+    r"(?: (?:in|on) (?:the|this) (?:image|picture|scan|film|ct|mri))?"
 )
 CONTAINED = (
     re.compile(rf"does the (?:picture|image) contain (?:the )?{NOUN}"),
     re.compile(rf"do(?:es)? (?:the )?{NOUN} (?:appear|exist) in (?:the|this) (?:image|picture)"),
     re.compile(rf"(?:is|are|are/is|is/are) there (?:a |an )?{NOUN} in (?:the|this) (?:image|picture)"),
 )
-THERE = re.compile(
-    rf"(?:is|are|is/are) there (?:any |an |a )?(?:evidence of |signs? of )?(?:any |an |a )?{NOUN}{SHOWN}|"
-    rf"(?:is|are) (?:a |an ){NOUN} (?:present|seen|visible)".replace("P<what>[a-z' -]+?) (", "P<other>[a-z' -]+?) (")
+THERE = (
+    re.compile(
+        rf"(?:is|are|is/are) there (?:any |an |a )?(?:evidence of |signs? of )?(?:any |an |a )?{NOUN}{SHOWN}",
+    ),
+    re.compile(rf"(?:is|are) (?:a |an ){NOUN} (?:present|seen|visible)"),
 )
 HEALTHY = re.compile(
-    rf"(?:is|are|does|do|is/are) the {NOUN} (?:look )?(?P<how>healthy|normal|abnormal|unhealthy)(?: .*)?"
+    rf"(?:is|are|does|do|is/are) the {NOUN} (?:look )?(?P<how>healthy|normal|abnormal|unhealthy)"
+    r"(?: appearing| looking)?(?: (?:in|on) (?:the|this) (?:image|picture|scan|film))?"
 )
 IMAGE_NORMAL = re.compile(r"(?:is|does) this (?:image|ct|mri|x-?ray|scan)?\s*(?:look )?(?:a )?normal(?: image)?")
 WHICH_ABNORMAL = re.compile(r"which organ is abnormal, .*")
@@ -86,7 +90,6 @@ DIRECTION = re.compile(
 )
 YES, NO = ("yes",), ("no",)
 MOST_ANSWER_WORDS, MOST_PLACE_WORDS, MOST_NAMED_WORDS = 10, 6, 3
-MOST_DENIED = 3  # of findings: a caption that denies ten things states little of its image
 CORRECTIONS = {"brian": "brain", "lungs": "lung", "kidneys": "kidney", "eyes": "eye"}
 
 
@@ -143,61 +146,6 @@ def rad_facts(rows: Iterable[Row]) -> list[Pair]:
     return said.facts()
 
 
-class Said:
-    """What the rows of an image stated so far, in their order, and what they denied."""
-
-    def __init__(self) -> None:
-        self._stated: dict[Pair, None] = {}
-        self._denied: dict[Pair, None] = {}
-
-    def add(self, key: str, value: str | None) -> None:
-        if value:
-            self._stated.setdefault((key, value))
-
-    def answer(self, key: str, value: str, yes: bool) -> None:
-        (self._stated if yes else self._denied).setdefault((key, value))
-
-    def facts(self) -> list[Pair]:
-        """In a fixed order; of modality, sequence and plane none where rows disagree."""
-        found: list[Pair] = []
-        for key in ("modality", "sequence", "plane", "organ"):
-            values = self._of(key)
-            found += [(key, value) for value in values[:1] if len(values) == 1]
-        found += self._findings(found)
-        whole = {value for _, value in found}
-        inside = [value for value in self._of("inside") if value not in whole]
-        if inside:
-            found.append(("containing", _listed(inside, "and")))
-        outside = self._denials("inside", found)
-        if outside:
-            found.append(("containing", f"no {_listed(outside, 'or')}"))
-        return found
-
-    def _of(self, key: str) -> list[str]:
-        return [v for k, v in self._stated if k == key and (k, v) not in self._denied]
-
-    def _denials(self, key: str, found: list[Pair]) -> list[str]:
-        """What is denied, without what names a thing that is stated: beside "abdomen", "no abdominal hernia" is too
-        fine a line for a caption."""
-        stated = {mention.name for _, value in found for mention in mentions(value)}
-        denied = [v for k, v in self._denied if k == key and (k, v) not in self._stated]
-        return [v for v in denied if not stated & {mention.name for mention in mentions(v)}]
-
-    def _findings(self, found: list[Pair]) -> list[Pair]:
-        """Without what another says better; that all is normal only where nothing is found."""
-        stated = [v for v in self._of("finding") if v != "normal"]
-        stated = [v for v in stated if not any(_telling(v) < _telling(other) for other in stated)]
-        stated = [v for v in stated if not {_opposite(v)} & set(stated)]
-        abnormal = [v for v in stated if v != "no disease" and not v.startswith("normal ")]
-        if not abnormal and ("finding", "normal") in self._stated.keys() - self._denied.keys():
-            return [("finding", "normal")]
-        kept = abnormal + [v for v in stated if v.startswith("normal ")]
-        kept += ["no disease"] if not abnormal and "no disease" in stated else []
-        facts = [("finding", value) for value in kept]
-        denied = [v for v in self._denials("finding", found + facts) if v != "normal"]
-        return facts + [("finding", f"no {v}") for v in denied[:MOST_DENIED]]
-
-
 def _texts(row: Row) -> tuple[str, str]:
     question, answer = (" ".join(str(row.get(key, "")).lower().split()) for key in ("question", "answer"))
     question = re.sub(r"\s*-+\s*yes/no$", "", question.strip(" ?.")).strip(" ?.")
@@ -206,6 +154,10 @@ def _texts(row: Row) -> tuple[str, str]:
 
 def _first(table: Iterable[tuple[re.Pattern[str], str]], text: str) -> str | None:
     return next((value for pattern, value in table if pattern.search(text)), None)
+
+
+def _first_match(patterns: Iterable[re.Pattern[str]], text: str) -> re.Match[str] | None:
+    return next((match for pattern in patterns if (match := pattern.fullmatch(text))), None)
 
 
 def _told(question: str, answer: str) -> str:
@@ -232,11 +184,9 @@ def _plane(said: Said, question: str, answer: str) -> None:
 
 
 def _contained(said: Said, question: str, answer: str) -> None:
-    for pattern in CONTAINED:
-        match = pattern.fullmatch(question)
-        if match and answer in (*YES, *NO) and _is_named(match["what"]):
-            said.answer("inside", match["what"], answer in YES)
-            return
+    match = _first_match(CONTAINED, question)
+    if match and answer in (*YES, *NO) and _is_named(match["what"]):
+        said.answer("inside", match["what"], answer in YES)
 
 
 def _finding(said: Said, question: str, answer: str) -> None:
@@ -263,14 +213,14 @@ def _closed_finding(said: Said, question: str, yes: bool) -> None:
         well = (match["how"] in ("healthy", "normal")) == yes
         if _is_named(match["what"]):
             said.add("finding", f"{'normal' if well else 'abnormal'} {match['what']}")
-    elif (match := THERE.fullmatch(question)) and (what := match["what"] or match["other"]) and _is_named(what):
+    elif (match := _first_match(THERE, question)) and _is_named(what := match["what"]):
         is_organ = all(m.concept is not None and m.concept.kind == "organ" for m in mentions(what))
         said.answer("inside" if is_organ else "finding", what, yes)
 
 
 def _is_place(answer: str) -> bool:
     """Whether it says where by itself: "left lung", not "right", which needs the side of something."""
-    words = _words(answer) - {
+    words = word_set(answer) - {
         "in",
         "on",
         "the",
@@ -290,25 +240,5 @@ def _is_named(what: str) -> bool:
     """Whether it is a thing by its name, not a clause: "pleural effusion", not "air under the diaphragm"."""
     words = what.split()
     vague = {"abnormality", "abnormalities", "image", "patient", "anything", "more", "other", "the", "this", "both"}
-    vague |= {"finding", "findings", "it", "they", "lesser", "greater"}
+    vague |= {"finding", "findings", "not", "it", "they", "lesser", "greater"}
     return 0 < len(words) <= MOST_NAMED_WORDS and not vague & set(words) and "patient's" not in words
-
-
-def _opposite(value: str) -> str:
-    """Of "normal lung", "abnormal lung", and the other way; of anything else nothing."""
-    if value.startswith("normal "):
-        return f"ab{value}"
-    return value.removeprefix("ab") if value.startswith("abnormal ") else ""
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text))
-
-
-def _telling(text: str) -> set[str]:
-    """ "Abnormality in left lung" says nothing beside "nodule in left lung"."""
-    return _words(text) - {"abnormality", "abnormalities"}
-
-
-def _listed(values: list[str], word: str) -> str:
-    return f" {word} ".join(filter(None, (", ".join(values[:-1]), values[-1])))

@@ -79,6 +79,8 @@ def test_sequence_and_plane():
         ([("Is there evidence of a pneumothorax", "Yes")], [("finding", "pneumothorax")]),
         ([("Is a pleural effusion present?", "No")], [("finding", "no pleural effusion")]),
         ([("Is there a pneumothorax?", "yes"), ("Is there pneumothorax present?", "no")], []),
+        ([("Is the heart normal in size?", "yes", "ABN")], []),
+        ([("Is the heart normal appearing?", "yes", "ABN")], [("finding", "normal heart")]),
         ([("Is there air under the left hemidiaphragm?", "no")], []),
         ([("What type of imaging does this not represent?", "ultrasound", "MODALITY")], []),
         ([("What type of image is this?", "chest x-ray", "MODALITY")], [("modality", "x-ray")]),
