@@ -10,6 +10,7 @@ Run on CPU over gloo, 1 and 2 ranks (docs/zero.md); never run here on CUDA.
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -379,12 +380,10 @@ def _chunks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 def _deepspeed(ranks: Ranks) -> Any:
     """The library, over the process group of these ranks (also of one)."""
-    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", ranks.local_rank)):
         os.environ.setdefault(name, str(value))
     ranks.join()
-    import deepspeed
-
+    deepspeed = _imported(ranks.device.type)
     deepspeed.utils.logger.setLevel("WARNING")
     if ranks.device.type == "cpu":  # its shared-memory reduction is compiled on first use (35 s, and a compiler)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -393,8 +392,17 @@ def _deepspeed(ranks: Ranks) -> Any:
     return deepspeed
 
 
-def estimates(num_parameters: int, largest_layer: int, world_size: int) -> dict[str, int]:
+def _imported(device_type: str) -> Any:
+    """The library, whose words go to the standard error: the standard output is the command's."""
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+    return deepspeed
+
+
+def estimates(num_parameters: int, largest_layer: int, world_size: int, device_type: str) -> dict[str, int]:
     """DeepSpeed's own estimators: bytes of model states on a device, of halves with float32 masters, no offload."""
+    _imported(device_type)
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 

@@ -72,7 +72,7 @@ def _plan(config: "PretrainConfig", folder: Path, ranks: "Ranks") -> dict[str, A
         "sizes": dataclasses.asdict(sizes),
         "stage": "plain" if config.engine == "plain" else f"zero {config.zero_stage}",
         "memory": {s: rank_memory(sizes, s, ranks.world_size, config.bf16, activations) for s in STAGES},
-        "deepspeed_says": _estimates(sizes, ranks.world_size),
+        "deepspeed_says": _estimates(sizes, ranks),
         "sent_ranks": run_ranks,
         "sent": {
             s: step_bytes(sizes, s, run_ranks, config.bf16, data.pairs_per_step, data.accumulation) for s in STAGES
@@ -80,12 +80,12 @@ def _plan(config: "PretrainConfig", folder: Path, ranks: "Ranks") -> dict[str, A
     }
 
 
-def _estimates(sizes: Any, world_size: int) -> dict[str, int]:
+def _estimates(sizes: Any, ranks: "Ranks") -> dict[str, int]:
     """DeepSpeed's own, of bytes on a device; empty where it is not installed."""
     try:
         from miss.engine.training.zero import estimates
 
-        return estimates(sizes.trained, sizes.largest, world_size)
+        return estimates(sizes.trained, sizes.largest, ranks.world_size, ranks.device.type)
     except ModuleNotFoundError:
         return {}
 
