@@ -108,8 +108,8 @@ def compare(dataset: str, without: Answers, pretrained: Answers, num_resamples: 
     rows = []
     for part in PARTS:
         seeds = tuple(float(gain[masks[part]].mean()) for gain in gains) if masks[part].any() else ()
-        found = (figures[part, name] for name in columns)
-        rows.append(Row(dataset, part, *found, seeds))
+        without_it, with_it, gain = (figures[part, name] for name in columns)
+        rows.append(Row(dataset, part, without_it, with_it, gain, seeds))
     return rows
 
 
@@ -138,8 +138,8 @@ def write_table(out: Path, seeds: Sequence[int], data: Path | None = None) -> st
     rows: list[Row] = []
     for name in SETS:
         images = {sample.qid: sample.image_key for sample in load_dataset(name, data, "validate")}
-        arms = [read_answers([out / f"{arm}-{seed}" / name for seed in seeds], images) for arm in ARMS]
-        rows += compare(name, *arms)
+        without, pretrained = (read_answers([out / f"{arm}-{seed}" / name for seed in seeds], images) for arm in ARMS)
+        rows += compare(name, without, pretrained)
     table = markdown(rows)
     (out / "study.md").write_text(table, encoding="utf-8")
     (out / "study.json").write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n", encoding="utf-8")
