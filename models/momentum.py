@@ -44,12 +44,19 @@ class MomentumTwin(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, pixels: Tensor, ids: Tensor, lengths: Tensor, dtype: torch.dtype, seed: int | None = None
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        lengths: Tensor,
+        dtype: torch.dtype,
+        seed: int | None = None,
+        cls: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Features of images and of captions, (B, P) each, of length 1. `dtype`: that the products run in."""
+        """Features of images and of captions, (B, P) each, of length 1. `dtype`: that the products run in. `cls`: the
+        images' [CLS], where it is known what the twin's encoder would say."""
         half = torch.autocast(pixels.device.type, dtype) if dtype in HALVES else nullcontext()
         with half:
-            image = self.image_projection(self.vision.first(pixels))
+            image = self.image_projection(self.vision.first(pixels) if cls is None else cls)
             text = self.text_projection(self.encoder.first(ids, lengths, seed=seed))
         return normalised(image), normalised(text)
 

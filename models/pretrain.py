@@ -126,7 +126,12 @@ class MissPretrain(nn.Module):
         self.memory = Memory(twin, Queue.fresh(self.objective.queue_size, width))
 
     def forward(
-        self, batch: PretrainBatch, gather: Gather = alone, alpha: float = 0.0, seed: int | None = None
+        self,
+        batch: PretrainBatch,
+        gather: Gather = alone,
+        alpha: float = 0.0,
+        seed: int | None = None,
+        tokens: Tensor | None = None,
     ) -> Losses:
         """The step's losses. Dropout acts only where a seed is given; the draws of negatives follow the seed, too.
 
@@ -136,13 +141,16 @@ class MissPretrain(nn.Module):
             alpha: the weight of the momentum model's opinion (`objectives.alpha_at`).
             seed: the step's (and the part's), the same on every process. What is dropped depends on it and on where the
                 process's pairs start among all, what is hidden or drawn on it and on the pair's place among all.
+            tokens: (B, 1 + N, C) of the image encoder, where it is frozen and they are known: it does not look again,
+                nor does its twin, which is then equal to it.
         """
         numbers, first = gather(batch.numbers)
         own = mix(mix(seed, 0), first)  # processes drop different places
-        tokens = self.vision(batch.pixels, mix(own, 0))
+        known = None if tokens is None else tokens[:, 0]
+        tokens = self.vision(batch.pixels, mix(own, 0)) if tokens is None else tokens
         image_kv = self.encoder.cross_kv.layers(tokens)
         index = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device)
-        student, teacher = self._features(batch, tokens[:, 0], own)
+        student, teacher = self._features(batch, tokens[:, 0], own, known)
         images, texts = gather(torch.cat([teacher.image, teacher.text], 1))[0].chunk(2, 1)
         features = Features(images, texts, numbers)
         itc, pairs = self._contrast(student, teacher, features, first, alpha, mix(seed, 1))
@@ -220,15 +228,19 @@ class MissPretrain(nn.Module):
         self.reset_twin()
         self.memory.queue.restart()
 
-    def _features(self, batch: PretrainBatch, cls: Tensor, seed: int | None) -> tuple[tuple[Tensor, Tensor], Features]:
-        """(image and text features with gradients, the twin's) of this process's pairs."""
+    def _features(
+        self, batch: PretrainBatch, cls: Tensor, seed: int | None, known: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Features]:
+        """(image and text features with gradients, the twin's) of this process's pairs; `known`: the twin's [CLS]."""
         ids = objectives.with_first(batch.ids, self.config.tokens.cls)
         image = objectives.normalised(self.image_projection(cls))
         states = self.encoder.first(ids, batch.lengths, seed=mix(seed, 1))
         text = objectives.normalised(self.text_projection(states))
         # The original's twin drops out as its model does; a teacher without noise is the better one.
         noise = mix(seed, 2) if self.config.behaviour == "compat" else None
-        image_m, text_m = self.memory.twin(batch.pixels, ids, batch.lengths, self.matching_head.weight.dtype, noise)
+        image_m, text_m = self.memory.twin(
+            batch.pixels, ids, batch.lengths, self.matching_head.weight.dtype, noise, known
+        )
         return (image, text), Features(image_m, text_m, batch.numbers)
 
     def _contrast(

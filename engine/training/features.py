@@ -185,7 +185,8 @@ class FeatureStore:
                 part = jobs[start : start + batch]
                 out[start : start + len(part)] = encode_batch(encode, pixels, part).to("cpu", dtype)
 
-        name = digest(key, shape, str(dtype), pixels.seed, str(pixels.limits), pixels.numbers, list(copies))
+        changes = (pixels.seed, str(pixels.limits)) if max(copies) > 1 else ("as they are",)
+        name = digest(key, shape, str(dtype), *changes, pixels.numbers, list(copies))
         content = digest(name, pixels.content())
         return cls(cached_array(cache / f"tokens-{content}.bin", shape, dtype, fill), copies, pixels.seed, keep)
 

@@ -66,12 +66,14 @@ def pretraining_flops(
     batch: PretrainBatch,
     alpha: bool = True,
     hidden: int | None = None,
+    known: bool = False,
 ) -> float:
     """Forward and backward FLOPs of a pretraining step as `models/pretrain.py` runs it.
 
     A negative text counts as long as the pair's own: which is drawn stands on the device. The momentum twin has a
     forward only, patches get no gradient, the queue's features none. `alpha`: whether the twin's opinion counts.
-    `hidden`: how many words MLM hid (`Losses.numbers`), else as many as are to be expected.
+    `hidden`: how many words MLM hid (`Losses.numbers`), else as many as are to be expected. `known`: the image tokens
+    were there already.
     """
     v, e, d, width = config.vision, config.encoder, config.decoder, objective.feature_width
     images, lengths = len(batch.ids), batch.lengths.double()
@@ -80,6 +82,8 @@ def pretraining_flops(
     patches = 2.0 * images * (tokens - 1) * 3 * v.patch_size**2 * v.hidden_size
     last = 2.0 * (tokens - 1) * (2 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
     last += 4.0 * (tokens - 1) * tokens * v.hidden_size
+    if known:
+        vision = patches = last = 0.0
     image_kv = 4.0 * images * tokens * e.source_width * e.num_layers * e.hidden_size
     alone, matching = first_token_flops(e, lengths, 0), 3 * first_token_flops(e, lengths, tokens)
     words = float((lengths - 1).sum())

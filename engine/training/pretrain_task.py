@@ -16,14 +16,21 @@ from miss.engine.training.flops import pretraining_flops
 from miss.engine.training.plain import Engine, PlainEngine
 from miss.engine.training.pretrain_config import LossesConfig, PretrainConfig
 from miss.engine.training.ranks import Ranks
+from miss.engine.training.remembered import RememberedTokens
 from miss.engine.training.task import DROPOUT, Outcome
-from miss.models.pretrain import Losses, MissPretrain
+from miss.models.pretrain import Losses, MissPretrain, PretrainBatch
 
 
 def weighed(losses: Losses, weights: LossesConfig) -> Tensor:
     """The sum of the losses as the run weighs them."""
     total = weights.itc * losses.itc + weights.itm * losses.itm + weights.lm * losses.lm
     return total if losses.mlm is None else total + weights.mlm * losses.mlm
+
+
+def augments(config: PretrainConfig) -> bool:
+    """Whether each visit sees an image changed."""
+    a = config.augment
+    return bool(a.rotate_degrees or a.crop_share < 1 or a.brightness or a.contrast)
 
 
 class Pretraining:
@@ -41,6 +48,8 @@ class Pretraining:
     ) -> None:
         self.model, self.config, self.loader, self.device, self.ranks = model, config, loader, device, ranks
         ramp = config.losses.alpha_ramp_steps
+        self._remembered: RememberedTokens | None = None
+        self._may_remember = not (config.train_vision or augments(config))
         self.ramp = 2 * loader.sampler.steps_per_epoch if ramp is None else ramp
         followed = {name for name, _ in model.memory.twin.named_parameters()}
         self._trained = {n for n, p in model.named_parameters() if p.requires_grad and n in followed}
@@ -48,6 +57,23 @@ class Pretraining:
         self._frozen = {
             n: p.detach().float().clone() for n, p in model.named_parameters() if n in followed - self._trained
         }
+
+    def _tokens(self, batch: PretrainBatch) -> Tensor | None:
+        """What a frozen image encoder said of unchanged images; None where it (or its twin) must look."""
+        if self._may_remember and self._remembered is None:  # asked at the first part: a resumed run has its twin then
+            own, twin = self.model.vision.parameters(), self.model.memory.twin.vision.parameters()
+            self._may_remember = all(torch.equal(a.float(), b) for a, b in zip(own, twin, strict=True))
+            self._remembered = RememberedTokens(self._encode)
+        if not self._may_remember or self._remembered is None or not len(batch.ids):
+            return None
+        return self._remembered(batch.pixels)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """In the run's precision, by the twin's encoder, which is whole whatever the engine does with the model's."""
+        vision = self.model.memory.twin.vision
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            tokens: Tensor = vision(pixels)
+        return tokens
 
     def alpha(self, step: int) -> float:
         """How much the twin's opinion counts at a step: a linear ramp (`objectives.alpha_at` over two epochs)."""
@@ -58,7 +84,7 @@ class Pretraining:
         """Each part counts alike, whatever pairs it lacks: its losses are means over all processes' rows."""
         batch = work.parts[number].to(self.device, non_blocking=True)
         seed = hash64(self.config.seed, DROPOUT, work.index, number) >> 1  # the same on every process
-        losses: Losses = engine(batch, self.ranks.gather, self.alpha(work.index), seed)
+        losses: Losses = engine(batch, self.ranks.gather, self.alpha(work.index), seed, self._tokens(batch))
         loss = weighed(losses, self.config.losses) / len(work.parts)
         return Outcome(loss, self._sums(losses, len(work.parts)), _detached(losses))
 
@@ -107,7 +133,8 @@ class Pretraining:
 
     def flops(self, work: PairStep) -> float:
         model, alpha = self.model, self.alpha(work.index) > 0
-        return sum(pretraining_flops(model.config, model.objective, part, alpha) for part in work.parts)
+        known = self._may_remember and self._remembered is not None  # what is new counts for nothing
+        return sum(pretraining_flops(model.config, model.objective, part, alpha, known=known) for part in work.parts)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.model.memory.tensors()

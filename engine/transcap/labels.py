@@ -1,6 +1,6 @@
 """Label rows: which images have the same labels, whatever the file they come from.
 
-Knows three kinds of JSONL rows; does not know prompts, writers or captions.
+Knows which rows are whose; does not know prompts, writers or captions.
 
 A label set is what a caption is written for: (key, value) pairs such as ("modality", "CT"), ("organ", "chest").
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 from miss.engine.data.datasets import read_rows
 from miss.engine.data.paths import DataError
+from miss.engine.transcap.labels_qa import is_rad, is_slake, rad_facts, set_aside, slake_facts
 from miss.engine.transcap.vocabulary import words
 from miss.engine.transcap.vqa_med import read_answers
 
@@ -30,8 +31,8 @@ MEDNIST = {
     "HeadCT": (("modality", "CT"), ("organ", "head")),
 }
 WANTED = (
-    'rows {"image": NAME, "labels": {KEY: VALUE, …}}, MedNIST\'s {"image", "label"}, or VQA-Med-2019\'s '
-    '{"image", "question", "answer", "category"}'
+    'rows {"image": NAME, "labels": {KEY: VALUE, …}}, MedNIST\'s {"image", "label"}, VQA-Med-2019\'s {"image", '
+    '"question", "answer", "category"}, or train.json of SLAKE or VQA-RAD'
 )
 MOST_WORDS = 40
 
@@ -77,7 +78,7 @@ def read_labels(path: Path, split: str = "train", keep_shared: bool = False) -> 
         LabelError: the file is missing, a row is malformed, an image stands twice, or no row is left.
     """
     if not path.is_file():
-        raise LabelError(f"{path}: no such file; wanted a JSONL file of {WANTED}")
+        raise LabelError(f"{path}: no such file; wanted a file of {WANTED}")
     rows, problems = read_rows(path)
     if problems:
         raise LabelError(str(problems[0]))
@@ -103,6 +104,8 @@ def _of_split(rows: list[tuple[int, Row]], split: str, keep_shared: bool) -> tup
             left_out[f"rows of split {row['split']}"] += 1
         elif not keep_shared and row.get("image_in_vqa_rad") is True:
             left_out["rows of images that are also in VQA-RAD"] += 1
+        elif (why := set_aside(row, split)) is not None:
+            left_out[why] += 1
         else:
             kept.append((number, row))
     return kept, left_out
@@ -111,6 +114,10 @@ def _of_split(rows: list[tuple[int, Row]], split: str, keep_shared: bool) -> tup
 def _facts_by_image(path: Path, rows: list[tuple[int, Row]]) -> dict[str, Facts]:
     if rows and "category" in rows[0][1] and "labels" not in rows[0][1]:
         return _vqa_med(path, rows)
+    if rows and is_slake(rows[0][1]):
+        return _by_questions(path, rows, "img_name", slake_facts)
+    if rows and is_rad(rows[0][1]):
+        return _by_questions(path, rows, "image_name", rad_facts)
     read: Callable[[str, Row], Facts] = _mednist if rows and "label" in rows[0][1] else _user
     found: dict[str, Facts] = {}
     for number, row in rows:
@@ -168,6 +175,16 @@ def _vqa_med(path: Path, rows: list[tuple[int, Row]]) -> dict[str, Facts]:
         category, question, answer = (_text(where, row, key) for key in ("category", "question", "answer"))
         answers.setdefault(_text(where, row, "image"), []).append((category, question, answer))
     return {image: clean_facts(f"{path}, image {image}", read_answers(found)) for image, found in answers.items()}
+
+
+def _by_questions(
+    path: Path, rows: list[tuple[int, Row]], key: str, read: Callable[[list[Row]], list[tuple[str, str]]]
+) -> dict[str, Facts]:
+    """Facts of data sets that ask many questions about an image."""
+    by_image: dict[str, list[Row]] = {}
+    for number, row in rows:
+        by_image.setdefault(_text(f"{path}, record {number}", row, key), []).append(row)
+    return {image: clean_facts(f"{path}, image {image}", read(found)) for image, found in by_image.items()}
 
 
 def clean_facts(where: str, pairs: Iterable[tuple[str, str]]) -> Facts:

@@ -28,7 +28,8 @@ class Args:
     """
 
     labels: tuple[Path, ...]
-    """JSONL files: MedNIST's labels.jsonl, VQA-Med-2019's rows, or rows {"image": NAME, "labels": {KEY: VALUE}}."""
+    """MedNIST's labels.jsonl, VQA-Med-2019's rows, SLAKE's or VQA-RAD's train.json, or JSONL rows {"image": NAME,
+    "labels": {KEY: VALUE}}."""
     out: Path
     """Folder for captions.jsonl, captions.csv, sets.jsonl (every candidate and why it was rejected), report.json."""
     writer: tuple[str, ...] = ("template",)
