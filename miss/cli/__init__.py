@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 COMMANDS = {
     "answer": "answer questions about medical images",
+    "serve": "answer over HTTP: OpenAI's protocol and our own",
     "evaluate": "score a checkpoint, or a file of predictions, on a data set",
     "finetune": "train a checkpoint to answer questions",
     "transcap": "write captions for images that have labels only",
