@@ -7,6 +7,7 @@ never outlives the server that started it, however that ends.
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -40,8 +41,7 @@ class EngineServer:
             pixels = np.frombuffer(bytearray(data), np.uint8).reshape(message["shape"])
             for item in message["items"]:
                 ask = self._ask(item, pixels, message["timeout"], message["stream"])
-                task = self._tasks[item["id"]] = asyncio.get_running_loop().create_task(ask)
-                task.add_done_callback(lambda _, number=item["id"]: self._tasks.pop(number, None))
+                self._tasks[item["id"]] = asyncio.get_running_loop().create_task(ask)
         elif message["op"] == "cancel":
             for number in message["ids"]:
                 if number in self._tasks:
@@ -59,6 +59,11 @@ class EngineServer:
             self._send(op="answer", id=number, answer=self._shown(answer), prompt_tokens=tokens)
         except ValueError as error:
             self._send(op="error", id=number, code=word(error))
+        except Exception:  # a fault of ours: it ends this question and no other
+            logging.getLogger(logs.LOGGER).exception("question_failed")
+            self._send(op="error", id=number, code="fault")
+        finally:
+            del self._tasks[number]
 
     async def _stream(self, number: int, *asked: Any) -> Answer:
         """Sends the text each time that it has grown."""

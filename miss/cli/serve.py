@@ -66,8 +66,10 @@ def main(args: Args) -> int:
     from miss.engine.serving.server import check_exposure, serve
     from miss.engine.serving.settings import MIB, Settings
 
-    names = ("checkpoint", "precision", "device", "host", "port", "threads", "max_batch_size", "max_waiting", "timeout")
-    names += ("header_timeout", "body_timeout", "drain_timeout", "decoders", "decode_timeout", "audit_log")
+    names = (
+        *("checkpoint", "precision", "device", "host", "port", "threads", "max_batch_size", "max_waiting", "timeout"),
+        *("header_timeout", "body_timeout", "drain_timeout", "decoders", "decode_timeout", "audit_log"),
+    )
     max_body = int(args.max_body_mib * MIB)
     settings = Settings(
         **{name: getattr(args, name) for name in names},
