@@ -118,6 +118,9 @@ def _values(form: FormData) -> dict[str, Any]:
 
 
 def _number(text: str) -> Any:
+    """What a form's text stands for: a truth value, a number, or itself."""
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)

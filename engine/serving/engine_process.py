@@ -22,6 +22,7 @@ import torch
 from miss.engine.data.processor import QuestionError
 from miss.engine.runtime.answers import Answer
 from miss.engine.runtime.async_engine import AsyncEngine
+from miss.engine.runtime.attention_maps import AttentionMaps
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.engine import Engine
 from miss.engine.runtime.request import EngineFault, RequestError
@@ -56,7 +57,11 @@ class EngineServer:
             tokens = len(self.engine.processor.encode_question(item["question"]).ids)
             asked = (pixels, item["question"], params, timeout)
             answer = await (self._stream(number, *asked) if stream else self.front.answer(*asked))
-            self._send(op="answer", id=number, answer=self._shown(answer), prompt_tokens=tokens)
+            shown = self._shown(answer)
+            if item["look"]:
+                look = asyncio.to_thread(self.engine.look, pixels, item["question"], answer.token_ids)
+                shown["attention"] = as_lists(await look)
+            self._send(op="answer", id=number, answer=shown, prompt_tokens=tokens)
         except ValueError as error:
             self._send(op="error", id=number, code=word(error))
         except Exception:  # a fault of ours: it ends this question and no other
@@ -83,6 +88,15 @@ class EngineServer:
 
     def _send(self, **message: Any) -> None:
         frames.write(self._writer, message)
+
+
+def as_lists(maps: AttentionMaps) -> dict[str, Any]:
+    """Maps as JSON has them: shares of attention, six digits."""
+    return {
+        "tokens": maps.tokens,
+        "maps": np.round(maps.maps, 6).tolist(),
+        "elsewhere": np.round(maps.elsewhere, 6).tolist(),
+    }
 
 
 def word(error: ValueError) -> str:

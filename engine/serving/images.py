@@ -12,11 +12,12 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from miss.engine.data.decoding import HEADER, ONE_THREAD, PIXELS
 from miss.engine.data.errors import Reason
+from miss.engine.serving.logs import event
 from miss.engine.serving.problems import OF_IMAGES, Refused
 from miss.engine.serving.settings import Settings
 
@@ -99,8 +100,18 @@ class Worker:
 
 
 def environment() -> dict[str, str]:
-    """For a child: it imports from where this process does, and its number pools are of one thread."""
-    return {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    """For a child: it imports from where this process does, its number pools are of one thread, and it has no key."""
+    own = {name: value for name, value in os.environ.items() if name != "MISS_API_KEY"}
+    return {**own, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+
+
+@dataclass
+class Decoding:
+    """An image on its way. num_waiting: who wants it. begun: a process has it, and will give it back in bounded time."""
+
+    task: "asyncio.Task[bytes] | None" = None
+    num_waiting: int = 0
+    begun: bool = False
 
 
 class ImagePool:
@@ -115,7 +126,8 @@ class ImagePool:
         self.hits = self.queries = 0
         self._idle: asyncio.Queue[Worker] = asyncio.LifoQueue()
         self._workers: set[Worker] = set()
-        self._running: dict[bytes, asyncio.Task[bytes]] = {}
+        self._running: dict[bytes, Decoding] = {}
+        self._replacing: set[asyncio.Task[None]] = set()
         self._kept: OrderedDict[bytes, bytes] = OrderedDict()
         self._kept_bytes = 0
 
@@ -139,24 +151,34 @@ class ImagePool:
             self.hits += 1
             self._kept.move_to_end(key)
             return self._kept[key]
-        task = self._running.get(key)
-        if task is None:
-            task = self._running[key] = asyncio.create_task(self._decode(key, data, frame, window))
-            task.add_done_callback(lambda task: self._done(key, task))
-        # Whoever leaves does not end it: others may wait for it too, and its own time limit will.
-        return await asyncio.shield(task)
-
-    def _done(self, key: bytes, task: "asyncio.Task[bytes]") -> None:
-        del self._running[key]
-        if not task.cancelled():
-            task.exception()  # looked at: those who waited may all have left
-
-    async def _decode(self, key: bytes, data: bytes, frame: int | None, window: Window | None) -> bytes:
+        one = self._running.get(key)
+        if one is None:
+            one = self._running[key] = Decoding()
+            one.task = asyncio.create_task(self._decode(one, key, data, frame, window))
+        assert one.task is not None
+        one.num_waiting += 1
         try:
-            kind, answer = await self._ask(data, frame, window)
+            return await asyncio.shield(one.task)
+        finally:
+            one.num_waiting -= 1
+            if not one.num_waiting and not one.begun:  # all have left before its turn came
+                one.task.cancel()
+                self._forget(key, one)
+
+    def _forget(self, key: bytes, one: Decoding) -> None:
+        if self._running.get(key) is one:
+            del self._running[key]
+        if one.task is not None and one.task.done() and not one.task.cancelled():
+            one.task.exception()  # looked at: those who waited may all have left
+
+    async def _decode(self, one: Decoding, key: bytes, data: bytes, frame: int | None, window: Window | None) -> bytes:
+        assert one.task is not None
+        one.task.add_done_callback(lambda _: self._forget(key, one))
+        try:
+            kind, answer = await self._ask(one, data, frame, window)
         except WorkerEnded:  # something else may have ended the process: once more, in a new one
             try:
-                kind, answer = await self._ask(data, frame, window)
+                kind, answer = await self._ask(one, data, frame, window)
             except WorkerEnded:
                 raise Refused("image_corrupt", "image_url") from None
         if kind == PIXELS:
@@ -165,8 +187,9 @@ class ImagePool:
         word = answer.decode()
         raise Refused(OF_IMAGES[Reason(word)] if word in set(Reason) else word, "image_url")
 
-    async def _ask(self, data: bytes, frame: int | None, window: Window | None) -> tuple[int, bytes]:
+    async def _ask(self, one: Decoding, data: bytes, frame: int | None, window: Window | None) -> tuple[int, bytes]:
         worker, whole = await self._idle.get(), False
+        one.begun = True
         try:
             async with asyncio.timeout(self.settings.decode_timeout):
                 answer = await worker.decode(data, frame, window)
@@ -182,9 +205,21 @@ class ImagePool:
             if whole:
                 self._idle.put_nowait(worker)
             else:
-                self._workers.discard(worker)
-                await worker.kill()
+                task = asyncio.create_task(self._replace(worker))
+                self._replacing.add(task)
+                task.add_done_callback(self._replacing.discard)
+
+    async def _replace(self, worker: Worker) -> None:
+        """Another process for one that ended, as soon as there can be one."""
+        self._workers.discard(worker)
+        await worker.kill()
+        while True:
+            try:
                 await self._hire()
+                return
+            except OSError:  # no process or no descriptor is to be had just now
+                event("no_image_worker")
+                await asyncio.sleep(1.0)
 
     def _keep(self, key: bytes, pixels: bytes) -> None:
         if len(pixels) > self.settings.cache_bytes:
@@ -199,5 +234,7 @@ class ImagePool:
         return [worker.process.pid for worker in self._workers]
 
     async def close(self) -> None:
+        for task in [*self._replacing, *(one.task for one in self._running.values() if one.task is not None)]:
+            task.cancel()
         for worker in list(self._workers):
             await worker.kill()

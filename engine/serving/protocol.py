@@ -98,6 +98,7 @@ class VqaRequest(Choosing):
     questions: Annotated[list[Text], Field(min_length=1)] | None = None
     alternatives: Annotated[int, Field(ge=0, le=15)] = 2
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    attention_map: bool = False
 
 
 class VqaForm(Choosing):
@@ -107,6 +108,16 @@ class VqaForm(Choosing):
     question: Annotated[list[Text], Field(min_length=1)]
     alternatives: Annotated[int, Field(ge=0, le=15)] = 2
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    attention_map: bool = False
+
+
+class Attention(BaseModel):
+    """Where attention went for each token of the answer: maps of (rows, columns) over the image as the model sees it,
+    and what went to no patch (`elsewhere`); a token's map and its elsewhere sum to 1. No proof of what it rests on."""
+
+    tokens: list[str]
+    maps: list[list[list[float]]]
+    elsewhere: list[float]
 
 
 class Alternative(BaseModel):
@@ -125,6 +136,7 @@ class VqaAnswer(BaseModel):
     alternatives: list[Alternative]
     warnings: list[str]
     seconds: dict[str, float]
+    attention: Attention | None = None
 
 
 class VqaResponse(BaseModel):
@@ -151,4 +163,5 @@ def answer_of(answer: dict[str, Any]) -> VqaAnswer:
     """An engine's answer as it is shown."""
     others = [Alternative(answer=a["text"], score=a["score"], logprob=a["logprob"]) for a in answer["alternatives"]]
     kept = {name: answer[name] for name in ("score", "logprob", "finished", "warnings", "seconds")}
-    return VqaAnswer(answer=answer["text"], alternatives=others, **kept)
+    attention = Attention(**answer["attention"]) if "attention" in answer else None
+    return VqaAnswer(answer=answer["text"], alternatives=others, attention=attention, **kept)

@@ -21,6 +21,7 @@ from miss.engine.serving.auth import is_loopback
 from miss.engine.serving.settings import Settings
 
 MAX_HEADERS = 64 << 10
+LAST_WORDS = 0.2  # seconds in which those who ask a server that stops are told so
 
 
 def protocol(header_timeout: float) -> type[H11Protocol]:
@@ -107,9 +108,16 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._draining_since is not None:
             waited = time.monotonic() - self._draining_since
-            if not self.app.state.service.exchanges or waited > self.settings.drain_timeout:
+            if waited > self.settings.drain_timeout or (waited > LAST_WORDS and not self.app.state.service.exchanges):
                 return True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """As uvicorn's, but what was sent on a connection that stands still gets its 503 before that is closed."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(LAST_WORDS)
+        await super().shutdown(sockets)
 
 
 def serve(settings: Settings, version: str, on_listening: Callable[[int], None] | None = None) -> None:

@@ -40,10 +40,11 @@ class Pending:
 
 @dataclass
 class Item:
-    """One question of a request, and its sampling parameters by name."""
+    """One question of a request, its sampling parameters by name, and whether its attention is wanted."""
 
     question: str
     params: dict[str, Any] = field(default_factory=dict)
+    look: bool = False
 
 
 class Supervisor:
@@ -79,7 +80,10 @@ class Supervisor:
         pause = FIRST_PAUSE
         while True:
             start = time.monotonic()
-            was_ready = await self._one(first)
+            try:
+                was_ready = await self._one(first)
+            except OSError:  # no process or no descriptor is to be had just now
+                was_ready = False
             if not first.done():
                 first.set_exception(CannotStart(self._failed or "the engine's process ended before it was ready"))
                 return
@@ -92,8 +96,12 @@ class Supervisor:
     async def _one(self, first: "asyncio.Future[None]") -> bool:
         """One process' life -> whether it was ever ready."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = await self._spawn(theirs)
+        try:
+            with theirs:
+                self.process = await self._spawn(theirs)
+        except OSError:
+            ours.close()
+            raise
         reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         watch = None
         try:
@@ -129,7 +137,7 @@ class Supervisor:
             **{"checkpoint": s.checkpoint, "precision": s.precision, "device": s.device, "threads": s.threads},
             **{"config": config, "max_wait": s.max_wait},
         }
-        env = {k: v for k, v in environment().items() if k != "MISS_API_KEY"}
+        env = environment()
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # of the engine: the user's own, or its flag's
             env.pop(name)
             if name in os.environ or s.threads:
@@ -196,7 +204,7 @@ class Supervisor:
         mine = {next(self._ids): Pending(loop.create_future(), on_text) for _ in items}
         self._pending |= mine
         asked = [
-            {"id": number, "question": item.question, "params": item.params}
+            {"id": number, "question": item.question, "params": item.params, "look": item.look}
             for number, item in zip(mine, items, strict=True)
         ]
         message = {"op": "ask", "items": asked, "timeout": timeout, "stream": on_text is not None}

@@ -30,7 +30,7 @@ async def vqa(request: Request, service: Service) -> VqaResponse:
     longest = service.about["answer_length"]
     params = parameters(asked, asked.max_new_tokens, asked.alternatives, longest, service.settings)
     window = None if asked.window is None else (asked.window[0], asked.window[1])
-    items = [Item(question, params) for question in questions]
+    items = [Item(question, params, asked.attention_map) for question in questions]
     answers = await service.answer(exchange, image, (asked.frame, window), items, deadline)
     prompt, generated = sum(a["prompt_tokens"] for a in answers), sum(len(a["token_ids"]) for a in answers)
     return VqaResponse(

@@ -177,12 +177,13 @@ def terminated_under_load(process, threads=8):
     body = {"image": data_url(png(1)), "questions": ["ct", "which organ", "is there a mass?", "left lung?"]}
 
     def ask():
-        while not stop.is_set():
-            start, told = time.monotonic(), None
-            with contextlib.suppress(httpx.HTTPError):
-                told = httpx.post(process.url + "/v1/vqa", json=body, timeout=30).status_code
-            with lock:
-                results.append((start, told))
+        with httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+            while not stop.is_set():
+                start, told = time.monotonic(), None
+                with contextlib.suppress(httpx.HTTPError):
+                    told = client.post(process.url + "/v1/vqa", json=body).status_code
+                with lock:
+                    results.append((start, told))
 
     askers = [threading.Thread(target=ask) for _ in range(threads)]
     for asker in askers:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import openai
 import pytest
 
@@ -58,6 +59,18 @@ def test_answers_out_of_a_list(server, engine, way):
 def test_a_long_question_is_answered_with_a_warning(server):
     answer = server.vqa(png(3), "lung " * 40).json()["answers"][0]
     assert "only the first" in answer["warnings"][0]
+
+
+def test_attention_is_told_where_it_is_wanted(server):
+    image = png(3)
+    (answer,) = server.vqa(image, "which organ", attention_map=True).json()["answers"]
+    seen = np.array(answer["attention"]["maps"])
+    assert seen.shape[1:] == (2, 2) and len(seen) == len(answer["attention"]["tokens"])
+    assert seen.sum((1, 2)) + np.array(answer["attention"]["elsewhere"]) == pytest.approx(1, abs=1e-4)
+    data = {"question": "which organ", "attention_map": "true"}
+    form = server.client.post("/v1/vqa", files={"image": image}, data=data).json()["answers"][0]
+    assert form["attention"] == answer["attention"]
+    assert server.vqa(image, "which organ").json()["answers"][0]["attention"] is None
 
 
 def test_chat_answers_as_the_engine(server, engine):
