@@ -107,7 +107,7 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class Decoding:
-    """An image on its way. num_waiting: who wants it. begun: a process has it, and will give it back in bounded time."""
+    """An image on its way. num_waiting: who wants it. begun: a process has it, and gives it back in bounded time."""
 
     task: "asyncio.Task[bytes] | None" = None
     num_waiting: int = 0

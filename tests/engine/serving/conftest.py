@@ -8,7 +8,7 @@ from tests.engine.answering import write_checkpoint
 
 MISSING = [
     name
-    for name in ("fastapi", "uvicorn", "prometheus_client", "multipart", "httpx")
+    for name in ("fastapi", "uvicorn", "prometheus_client", "multipart", "httpx", "openai", "psutil")
     if not importlib.util.find_spec(name)
 ]
 collect_ignore_glob = ["test_*.py"] if MISSING else []
