@@ -174,13 +174,13 @@ class ImagePool:
     async def _decode(self, one: Decoding, key: bytes, data: bytes, frame: int | None, window: Window | None) -> bytes:
         assert one.task is not None
         one.task.add_done_callback(lambda _: self._forget(key, one))
-        try:
-            kind, answer = await self._ask(one, data, frame, window)
-        except WorkerEnded:  # something else may have ended the process: once more, in a new one
+        for tries_left in (2, 1, 0):
             try:
                 kind, answer = await self._ask(one, data, frame, window)
-            except WorkerEnded:
-                raise Refused("image_corrupt", "image_url") from None
+                break
+            except WorkerEnded:  # something else may have ended the process: again, in another one
+                if not tries_left:
+                    raise Refused("image_corrupt", "image_url") from None
         if kind == PIXELS:
             self._keep(key, answer)
             return answer
@@ -188,7 +188,7 @@ class ImagePool:
         raise Refused(OF_IMAGES[Reason(word)] if word in set(Reason) else word, "image_url")
 
     async def _ask(self, one: Decoding, data: bytes, frame: int | None, window: Window | None) -> tuple[int, bytes]:
-        worker, whole = await self._idle.get(), False
+        worker, whole = await self._living(), False
         one.begun = True
         try:
             async with asyncio.timeout(self.settings.decode_timeout):
@@ -205,9 +205,21 @@ class ImagePool:
             if whole:
                 self._idle.put_nowait(worker)
             else:
-                task = asyncio.create_task(self._replace(worker))
-                self._replacing.add(task)
-                task.add_done_callback(self._replacing.discard)
+                self._let_go(worker)
+
+    async def _living(self) -> Worker:
+        """A process that waits for work; those that ended meanwhile are replaced, and are no image's fault."""
+        while True:
+            worker = await self._idle.get()
+            if worker.process.returncode is None:
+                return worker
+            self._on_end("died")
+            self._let_go(worker)
+
+    def _let_go(self, worker: Worker) -> None:
+        task = asyncio.create_task(self._replace(worker))
+        self._replacing.add(task)
+        task.add_done_callback(self._replacing.discard)
 
     async def _replace(self, worker: Worker) -> None:
         """Another process for one that ended, as soon as there can be one."""

@@ -65,7 +65,7 @@ class Audit:
         self.failures = 0
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._file = -1 if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        self._thread = threading.Thread(target=self._work, name="miss-audit", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="audit", daemon=True)
         if path is not None:
             self._thread.start()
 

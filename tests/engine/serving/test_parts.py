@@ -1,6 +1,7 @@
 """Decoders, bounds and the log, without a server."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -54,11 +55,11 @@ def test_pixels_are_those_of_the_engine_s_own_decoding_and_are_kept():
 def test_memory_is_bounded_in_the_process_and_the_next_image_is_decoded():
     async def use(pool):
         with pytest.raises(Refused) as refused:
-            await pool.decode(png_that_declares(15_000, 15_000, bytes(45_001 * 15_000)))
+            await pool.decode(png_that_declares(9_000, 9_000, bytes(27_001 * 9_000)))
         return refused.value.code, await pool.decode(png(1))
 
     limits = ImageLimits(max_pixels=10**9)
-    (code, pixels), _ = with_pool(use, decode_memory=600 << 20, image_limits=limits)
+    (code, pixels), _ = with_pool(use, decode_memory=400 << 20, image_limits=limits)
     assert code in ("image_too_hungry", "image_corrupt") and len(pixels) == 28 * 28 * 3
 
 
@@ -86,7 +87,8 @@ def test_a_decoder_that_dies_each_time_refuses_the_image():
         async def kill():
             while True:
                 for process in pool.processes:
-                    os.kill(process, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
                 await asyncio.sleep(0)
 
         killer = asyncio.create_task(kill())
@@ -100,7 +102,7 @@ def test_a_decoder_that_dies_each_time_refuses_the_image():
         return refused.value.code, time.monotonic() - start
 
     (code, took), ended = with_pool(use)
-    assert code == "image_corrupt" and ended.count("died") >= 2 and took < 5
+    assert code == "image_corrupt" and ended.count("died") >= 3 and took < 5
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40), st.booleans()), max_size=30))
