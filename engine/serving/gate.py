@@ -30,6 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 INTENDED_USE = "research-only"
 ASKING = frozenset({"/v1/chat/completions", "/v1/vqa"})  # routes that ask the model: these are counted by outcome
 HANDLERS = ASKING | {"/v1/models", "/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"}
+DISCARDED, DISCARD_SECONDS = 8 << 20, 5.0
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 HEADERS = [
@@ -122,10 +123,11 @@ class Gate:
         try:
             try:
                 self._check(exchange, headers)
-                body = await self._body(headers, receive, held)
-                exchange.stage = "admission"
+                body = await self._body(exchange, receive, held)
                 await self._run(scope, body, receive, send)
             except Refused as error:
+                if exchange.stage == "body" and not error.problem.closes:
+                    await _discard(receive)
                 await refuse(error, scope, receive, send)
             except TimeoutError:  # of writing: nobody reads
                 exchange.problem = exchange.problem or "client_gone"
@@ -148,7 +150,7 @@ class Gate:
             if int(length[:18]) > self.settings.max_body:
                 raise Refused("content_too_large")
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive, held: "Held") -> bytes:
+    async def _body(self, exchange: Exchange, receive: Receive, held: "Held") -> bytes:
         """The whole body, counted as it comes, whatever was declared.
 
         Raises:
@@ -161,13 +163,14 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Refused("client_gone")
-                    part = message.get("body", b"")
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    exchange.stage = "body" if more else "admission"
                     size += len(part)
                     if size > self.settings.max_body:
                         raise Refused("content_too_large")
                     held.more(len(part))
                     parts.append(part)
-                    if not message.get("more_body"):
+                    if not more:
                         return b"".join(parts)
         except TimeoutError:
             raise Refused("request_timeout") from None
@@ -220,6 +223,18 @@ class Gate:
         seconds = round(time.monotonic() - exchange.arrived, 4)
         event("request", request=exchange.id, handler=handler, method=method, status=status, problem=exchange.problem,
               outcome=outcome, seconds=seconds)  # fmt: skip
+
+
+async def _discard(receive: Receive) -> None:
+    """Reads what a refused client still sends, up to a bound: a connection that is closed over it loses the answer."""
+    left = DISCARDED
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
 
 
 class Held:

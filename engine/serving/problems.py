@@ -64,7 +64,7 @@ PROBLEMS = {
     "image_unsupported_format": _image(f"The image's format is not taken; {ACCEPTED}."),
     "image_truncated": _image("The image ends before its end; send the whole file."),
     "image_corrupt": _image("The image is damaged."),
-    "image_too_large": _image("The image has more bytes than are taken."),
+    "image_too_large": _image("The image has more bytes, or takes more memory, than there may be."),
     "image_too_many_pixels": _image("The image declares more pixels than are taken; scale it down first."),
     "image_too_small": _image("The image is too small."),
     "image_too_many_frames": _image("The image declares more frames than are taken; export the one to ask about."),

@@ -229,6 +229,14 @@ def test_every_route_wants_the_token(tight):
     assert tight.client.get("/v1/models").status_code == 200
 
 
+def test_a_wrong_key_is_said_even_to_who_sends_much(tight):
+    import httpx
+
+    for _ in range(20):
+        checked(httpx.post(tight.url + "/v1/vqa", content=bytes(3_000_000)), 401, "unauthorized")
+    tight.law()
+
+
 def test_without_a_key_no_page_of_elsewhere_may_ask(server):
     checked(server.client.get("/v1/models", headers={"host": "evil.example"}), 400, "bad_host")
     checked(server.client.get("/v1/models", headers={"origin": "http://evil.example"}), 403, "bad_origin")
