@@ -37,7 +37,7 @@ def protocol(header_timeout: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            # asyncio sets it only where a socket's protocol is named; without it each response on a kept one took 44 ms.
+            # asyncio sets it only where a socket's protocol is named; without it a response on a kept one took 44 ms.
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._late = self.loop.call_later(header_timeout, self._close)
 
