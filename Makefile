@@ -4,6 +4,7 @@
 # make bench-all       the same for all peers, batches, sizes and answer lengths; some hours
 # make bench-kernels   every operation against this machine's ceilings, into benchmarks/results/
 # make gpu-suite       on a GPU: ceilings, tests, evidence, benchmarks, profiles into $OUT or runs/gpu-suite, 9 minutes
+# make soak            a server under long load, kills, vanishing clients and broken images
 # make sanitize        the CPU kernels under address and undefined-behaviour sanitizers, some minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,10 +14,10 @@ TORCH_INDEX ?=
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python -m
 CSRC := $(shell find csrc -path csrc/tests -prune -o -name "*.cpp" -print -o -name "*.h" -print)
-EXTRAS := dicom,train,evaluate,weights,zero,transcap,test
+EXTRAS := dicom,train,evaluate,weights,zero,transcap,serve,test
 
 .DEFAULT_GOAL := help
-.PHONY: help answer setup test check parity torture sanitize bench bench-all bench-kernels gpu-suite clean
+.PHONY: help answer setup test check parity torture soak sanitize bench bench-all bench-kernels gpu-suite clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -81,6 +82,9 @@ gpu-suite:
 
 torture: $(VENV)/.setup
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -m torture
+
+soak: $(VENV)/.setup
+	@OMP_NUM_THREADS=1 $(RUN) pytest -q -m soak tests/engine/serving
 
 # A build of its own in build/sanitize: the normal one stays.
 sanitize: $(VENV)/.setup

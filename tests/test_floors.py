@@ -43,6 +43,9 @@ DOORS = {  # a foreign package, and the only files that may import it
     "fastapi": ["engine/serving/*.py"],
     "starlette": ["engine/serving/*.py"],
     "uvicorn": ["engine/serving/*.py"],
+    "h11": ["engine/serving/*.py"],
+    "pydantic": ["engine/serving/*.py"],
+    "prometheus_client": ["engine/serving/*.py"],
     "transformers": ["engine/transcap/local.py", "benchmarks/*.py", "benchmarks/*/*.py"],
     **{name: UNPICKLES for name in ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")},
 }

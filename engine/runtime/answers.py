@@ -13,7 +13,7 @@ from miss.engine.runtime.search import Hypothesis
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another answer: text, logprob, and score = exp(logprob)."""
+    """Another answer: text, logprob, and score = exp(logprob); the rest as an `Answer`'s."""
 
     text: str
     score: float
@@ -21,6 +21,8 @@ class Alternative:
     token_ids: list[int]
     beam_score: float | None = None
     logprob_unconstrained: float | None = None
+    token_logprobs: list[float] | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Answer:
     seconds: of this answer's own time from asking to its end, in which others may have been worked on, too: image
         (reading and encoding it), queue, question, decode; total is their sum.
     warnings: what the caller should know (a question that was cut, an image with burned-in text).
+    token_logprobs: of each token, summing to `logprob`; None where only the sum is known (a list of answers).
     """
 
     text: str
@@ -47,6 +50,7 @@ class Answer:
     beam_score: float | None = None
     warnings: list[str] = field(default_factory=list)
     logprob_unconstrained: float | None = None
+    token_logprobs: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,7 +66,9 @@ def make_answer(
     """The first hypothesis as the answer, the next ones as alternatives; `decode` makes text of token ids."""
     best, *others = (
         Alternative(
-            decode(h.token_ids), math.exp(h.logprob), h.logprob, h.token_ids, h.beam_score, h.logprob_unconstrained
+            *(decode(h.token_ids), math.exp(h.logprob), h.logprob, h.token_ids, h.beam_score, h.logprob_unconstrained),
+            h.token_logprobs if len(h.token_logprobs) == len(h.token_ids) else None,
+            h.finished,
         )
         for h in hypotheses[: 1 + num_alternatives]
     )
@@ -77,4 +83,5 @@ def make_answer(
         best.beam_score,
         warnings,
         best.logprob_unconstrained,
+        best.token_logprobs,
     )

@@ -19,6 +19,8 @@ from miss.engine.runtime.many import outcome
 from miss.engine.runtime.request import Request, RequestError
 from miss.engine.runtime.sampler import SamplingParams
 
+_READING = 0.005  # what questions that are being read are waited for: longer than one takes, shorter than a step
+
 
 class Closed(RequestError):
     code = "closed"
@@ -39,10 +41,13 @@ class AsyncEngine:
 
     Awaits may come from several event loops. Images are read in a few threads, so that no loop waits for a file. An
     await or a stream that is cancelled, or left, ends its request: its slots are free one step later.
+
+    max_wait: seconds that an idle engine waits for a whole batch. At 0 it waits only, and not long, for what is being
+    read already, so that questions asked together are encoded together. One that works takes up others between steps.
     """
 
-    def __init__(self, engine: Engine, num_readers: int = 2) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, num_readers: int = 2, max_wait: float = 0.0) -> None:
+        self.engine, self.max_wait = engine, max_wait
         self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="miss-read")
         self._change = threading.Condition()
         self._closing, self._num_reading = False, 0
@@ -132,10 +137,23 @@ class AsyncEngine:
                 self._change.wait_for(lambda: self.engine.busy or (self._closing and not self._num_reading))
                 if not self.engine.busy:
                     return
+                if not self.engine.scheduler.running:
+                    self._gather()
             try:
                 self.engine.step()
             except Exception:  # those who ran have failed with it, and are told; the others' turn comes
                 logging.getLogger(__name__).exception("a step failed")
+
+    def _gather(self) -> None:
+        """Of an idle engine: waits for those who are about to join the first."""
+        most = self.engine.config.max_prefill_questions
+
+        def enough() -> bool:
+            return self._closing or self.engine.scheduler.num_waiting >= most
+
+        if self.max_wait > 0:
+            self._change.wait_for(enough, self.max_wait)
+        self._change.wait_for(lambda: enough() or not self._num_reading, _READING)
 
     async def aclose(self) -> None:
         """Takes no more questions, answers those that it has, and stops."""

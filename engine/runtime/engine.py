@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from miss.engine.data.processor import Processor
 from miss.engine.runtime.answers import Alternative, Answer, make_answer
+from miss.engine.runtime.attention_maps import AttentionMaps, attention_maps
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.image_cache import ImageCache
 from miss.engine.runtime.image_source import EarlyImage, Image
@@ -242,6 +244,20 @@ class Engine:
     def stats(self) -> Stats:
         """What came and how it ended, what there is now, and what the image cache did."""
         return Stats.of(self.counters, self.scheduler, self.images, self.runner)
+
+    def look(self, pixels: np.ndarray, question: str, token_ids: list[int]) -> AttentionMaps:
+        """Where the model looked for each token of an answer that it gave; between two steps, from any thread.
+
+        Args:
+            pixels: uint8 (S, S, 3), as `Processor.image` gives it.
+            token_ids: the answer's.
+
+        Raises:
+            ValueError: the answer has no tokens.
+        """
+        question_ids = self.processor.question(question)
+        with self._step_lock:
+            return attention_maps(self.model, self.processor, pixels, question_ids, token_ids)
 
     def forget_images(self) -> None:
         """Empties the image cache, drops captured graphs and what was made of the weights: whoever changes those

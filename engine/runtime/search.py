@@ -76,6 +76,7 @@ class Hypothesis:
         that of the allowed tokens.
     beam_score: the original's length-normalised rank, `compat` beams only.
     logprob_unconstrained: under a constraint, the sum under the full vocabulary's softmax, where it was asked for.
+    token_logprobs: of each token, where they came one by one; empty where only their sum is known.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -83,9 +84,11 @@ class Hypothesis:
     finished: bool = False
     beam_score: float | None = None
     logprob_unconstrained: float | None = None
+    token_logprobs: list[float] = field(default_factory=list)
 
     def extended(self, token: int, logprob: float, sep: int) -> "Hypothesis":
-        return Hypothesis([*self.token_ids, token], self.logprob + logprob, token == sep)
+        token_ids, each = [*self.token_ids, token], [*self.token_logprobs, logprob]
+        return Hypothesis(token_ids, self.logprob + logprob, token == sep, token_logprobs=each)
 
 
 class Search(Protocol):

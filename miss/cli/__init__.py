@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 COMMANDS = {
     "answer": "answer questions about medical images",
+    "serve": "answer over HTTP: OpenAI's protocol and our own",
     "evaluate": "score a checkpoint, or a file of predictions, on a data set",
     "pretrain": "train a model on images with captions, on one process or many",
     "finetune": "train a checkpoint to answer questions",

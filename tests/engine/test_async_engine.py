@@ -137,3 +137,22 @@ def test_closing_answers_what_is_there_and_takes_no_more(engine):
 
     assert len(asyncio.run(main())) == 6
     idle(engine)
+
+
+def test_an_idle_engine_waits_for_a_batch_to_fill(folder):
+    engine = Engine.load(folder, config=EngineConfig(max_prefill_questions=2))
+
+    async def took(*numbers):
+        start = asyncio.get_running_loop().time()
+        await asyncio.gather(*(front.answer(image(i), "ct") for i in numbers))
+        return asyncio.get_running_loop().time() - start
+
+    async def main():
+        nonlocal front
+        async with AsyncEngine(engine, max_wait=0.5) as front:
+            return await took(0), await took(1, 2)
+
+    front = None
+    alone, together = asyncio.run(main())
+    assert alone >= 0.5 > together
+    idle(engine)
