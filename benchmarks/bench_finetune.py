@@ -96,6 +96,7 @@ def step_seconds(trainer: Trainer, index: int) -> tuple[float, float]:
     """Seconds of one step, batch building included, and its FLOPs."""
     interval = Interval()
     start = time.perf_counter()
+    assert isinstance(trainer.loader, GroupedLoader)
     trainer._step(trainer.loader.build(index), interval)  # ends with the step's own wait for the device
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()

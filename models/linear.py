@@ -62,16 +62,22 @@ class Linear(nn.Linear):
         """What an operation over a whole layer takes."""
         return Matrix(self.weight, self.bias, self.panels())
 
+    @staticmethod
+    def last(bias: Tensor | None) -> Tensor | None:
+        """The bias, where gradients are wanted as a view: its gradient then arrives after the weight's, whichever
+        implementation the number of rows chooses. Processes that add up gradients as they arrive rely on one order."""
+        return bias if bias is None or not torch.is_grad_enabled() else bias.view_as(bias)
+
     def forward(self, x: Tensor, residual: Tensor | None = None, part: slice | None = None) -> Tensor:
         """x W^T + b, plus residual (…, out_features) where one is given. `part`: of these outputs alone."""
         if part is not None:
             return linear(x, self.weight[part], None if self.bias is None else self.bias[part], residual)
-        return linear(x, self.weight, self.bias, residual, self.panels())
+        return linear(x, self.weight, self.last(self.bias), residual, self.panels())
 
     def gelu(self, x: Tensor | QuantRows, then: "Linear | QuantLinear | None" = None) -> Tensor:
         """`gelu(x W^T + b)`, exact (erf), as one operation. `then`: who reads it."""
         assert isinstance(x, Tensor), "codes go to a layer that takes_codes"
-        return gelu_mlp(x, self.weight, self.bias, self.panels())
+        return gelu_mlp(x, self.weight, self.last(self.bias), self.panels())
 
 
 class QuantLinear(nn.Module):

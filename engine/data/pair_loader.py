@@ -72,7 +72,7 @@ class PairStep(list[PretrainBatch]):
         self.number, self.keys, self.loaded, self.num_rows = number, keys, loaded, num_rows
 
     @property
-    def index(self) -> int:
+    def index(self) -> int:  # type: ignore[override]  # the step's, as of every step; nobody asks a list's own
         return self.number
 
     @property

@@ -34,7 +34,7 @@ class Pretraining:
     """
 
     unit, loss_is = "pairs", "loss (means over pairs, matched rows, words)"
-    names = ("itc", "itm", "lm", "mlm", "temperature", "right", "matching", "words")
+    names: tuple[str, ...] = ("itc", "itm", "lm", "mlm", "temperature", "right", "matching", "words")
 
     def __init__(
         self, model: MissPretrain, config: PretrainConfig, loader: PairLoader, device: torch.device, ranks: Ranks
@@ -118,5 +118,6 @@ class Pretraining:
 
 def _detached(losses: Losses) -> Losses:
     """Without the graph, which would hold every part's states until the update."""
-    scalars = {name: getattr(losses, name) for name in ("itc", "itm", "lm", "mlm", "total")}
-    return dataclasses.replace(losses, **{n: t if t is None else t.detach() for n, t in scalars.items()})
+    itc, itm, lm, total = (t.detach() for t in (losses.itc, losses.itm, losses.lm, losses.total))
+    mlm = None if losses.mlm is None else losses.mlm.detach()
+    return dataclasses.replace(losses, itc=itc, itm=itm, lm=lm, mlm=mlm, total=total)

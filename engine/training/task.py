@@ -91,7 +91,8 @@ class Task(Protocol):
 class Answering:
     """A model called as `model(batch, label_smoothing, seed)` that gives `loss_per_row` and `num_tokens`."""
 
-    names, unit = ("tokens",), "samples"
+    names: tuple[str, ...] = ("tokens",)
+    unit = "samples"
     loss_is = "loss (sum over answer tokens, mean over questions)"
 
     def __init__(self, model: nn.Module, config: Any, device: torch.device, ranks: Ranks) -> None:
