@@ -9,16 +9,15 @@ export function clearAnswer() {
   $("answer-body").replaceChildren();
 }
 
-// entry: {question, answer, took, id, server, limited}
+// entry: {question, answer, took, id, server}
 export function showAnswer(entry) {
   const { answer } = entry;
   const others = answer.alternatives.map((other) => score(other.answer, other.score, false));
-  const note = entry.limited ? "of the answers that you listed" : "that the model gives to exactly these words";
   $("answer-body").replaceChildren(
     make("p", { className: "asked" }, entry.question),
     make("p", { className: "says", id: "says" }, answer.answer || "(no words)"),
     make("div", { className: "scores" }, score("Confidence", answer.score, true)),
-    make("p", { className: "quiet" }, `Confidence is the probability ${note}, not the chance that they are right.`),
+    make("p", { className: "quiet" }, "Confidence is the probability that the model gives to exactly these words, not the chance that they are right."),
     others.length ? make("h3", { className: "others-title" }, "Other answers") : "",
     make("div", { className: "scores", id: "others" }, ...others),
     answer.warnings.length

@@ -3,8 +3,7 @@
 import * as api from "./api.js";
 import { $, make, say, show } from "./dom.js";
 
-const LIMITS = { minimum: "at least", exclusiveMinimum: "above", maximum: "at most", minLength: "characters, at least",
-  maxLength: "characters, at most", minItems: "entries, at least", maxItems: "entries, at most" };
+const LIMITS = [["minimum", "maximum", ""], ["minLength", "maxLength", " characters"], ["minItems", "maxItems", " entries"]];
 const SAMPLES = {
   "/v1/vqa": "curl -F image=@scan.png -F question='is there a fracture?' -F attention_map=true ORIGIN/v1/vqa",
   "/v1/image": "curl -F image=@scan.dcm -F window=40 -F window=400 ORIGIN/v1/image",
@@ -29,20 +28,37 @@ function kind(schema) {
   if (schema.$ref) return nameOf(schema);
   if (schema.const !== undefined) return JSON.stringify(schema.const);
   if (schema.enum) return schema.enum.map((one) => JSON.stringify(one)).join(", ");
-  const limits = Object.keys(LIMITS).filter((name) => schema[name] !== undefined).map((name) => `${LIMITS[name]} ${schema[name].toLocaleString("en")}`);
   const base = schema.type === "array" ? `list of ${schema.items ? kind(schema.items) : "any"}` : schema.format === "binary" ? "file" : schema.type || "any";
-  return [base, ...limits].join(", ");
+  return [base, ...limits(schema)].join(", ");
 }
 
-function table(schema) {
+function limits(schema) {
+  const known = (value) => value !== undefined && Math.abs(value) <= Number.MAX_SAFE_INTEGER;
+  const found = LIMITS.flatMap(([least, most, unit]) => {
+    const [low, high] = [schema[least], schema[most]].map((value) => (known(value) ? value.toLocaleString("en") : null));
+    if (low !== null && high !== null) return [low === high ? `${low}${unit}` : `${low} to ${high}${unit}`];
+    if (low !== null) return [`at least ${low}${unit}`];
+    return high === null ? [] : [`up to ${high}${unit}`];
+  });
+  return known(schema.exclusiveMinimum) ? [`above ${schema.exclusiveMinimum}`, ...found] : found;
+}
+
+// Text whose names stand in backticks.
+function prose(text) {
+  return text.split("`").map((part, at) => (at % 2 ? make("code", {}, part) : part));
+}
+
+// needed: whether it is a body, whose fields somebody has to fill.
+function table(schema, needed) {
   const required = new Set(schema.required || []);
   const rows = Object.entries(schema.properties || {}).map(([name, field]) => {
     const words = [resolve(field).type === "null" ? "must be absent or null" : kind(field)];
     if (field.default !== undefined && field.default !== null) words.push(`default ${JSON.stringify(field.default)}`);
     if (field.description) words.push(field.description);
-    return make("tr", {}, make("td", {}, make("code", {}, name)), make("td", {}, required.has(name) ? "yes" : ""), make("td", {}, words.join(". ")));
+    return make("tr", {}, make("td", {}, make("code", {}, name)),
+      needed ? make("td", {}, required.has(name) ? "yes" : "") : null, make("td", {}, ...prose(words.join(". "))));
   });
-  const head = make("tr", {}, ...["Field", "Needed", "What"].map((text) => make("th", { scope: "col" }, text)));
+  const head = make("tr", {}, ...["Field", ...(needed ? ["Needed"] : []), "What"].map((text) => make("th", { scope: "col" }, text)));
   const scrolls = { className: "table", tabIndex: 0, role: "region", "aria-label": "Fields" };
   return make("div", scrolls, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
 }
@@ -57,11 +73,11 @@ function within(schema, found = new Map()) {
   return found;
 }
 
-function described(title, schema) {
+function described(title, schema, needed) {
   const parts = [...within(schema)].flatMap(([name, one], at) => [
     make("h3", {}, at ? name : `${title}: ${name}`),
-    one.description ? make("p", { className: "quiet" }, one.description) : "",
-    table(one),
+    one.description ? make("p", { className: "quiet" }, ...prose(one.description)) : "",
+    table(one, needed),
   ]);
   return parts.length ? make("details", { className: "more" }, make("summary", {}, title), ...parts) : "";
 }
@@ -76,8 +92,8 @@ function route(path, method, about) {
       make("span", { className: "quiet" }, about.summary || "")),
     ...parameters,
     sample ? make("pre", { tabIndex: 0 }, make("code", {}, sample)) : "",
-    ...bodies.map(([media, body]) => described(`Body as ${media}`, body.schema)),
-    good ? described("Answer", good) : "",
+    ...bodies.map(([media, body]) => described(`Body as ${media}`, body.schema, true)),
+    good ? described("Answer", good, false) : "",
     make("p", { className: "quiet" }, `Statuses: ${Object.keys(about.responses).join(", ")}`));
 }
 

@@ -45,7 +45,8 @@ function draw() {
   const { map, elsewhere } = chosen();
   const values = $("patches").checked ? enlarge(map, nearest) : enlarge(map, spline);
   const low = Math.min(...values.map((row) => Math.min(...row)));
-  const range = Math.max(...values.map((row) => Math.max(...row))) - low || 1;
+  // Up to the strongest patch, but at least to twice what an even spread would be: an even map stays faint.
+  const range = Math.max(...values.map((row) => Math.max(...row)), 2 / (map.length * map[0].length)) - low;
   const canvas = $("heat");
   canvas.width = canvas.height = SIDE;
   const image = new ImageData(SIDE, SIDE);

@@ -69,7 +69,8 @@ function viewChanged() {
 
 function lacking() {
   if (image === null) return ["There is no image yet: drop, paste or choose one.", "file"];
-  if (image.seen === null) return ["The image has not been read.", "file"];
+  if (looking) return ["The image is still being read.", "question"];
+  if (image.seen === null) return ["The image could not be read: choose another, or another view of it.", "file"];
   if (!$("question").value.trim()) return ["There is no question yet: write one, or take an example.", "question"];
   return null;
 }
@@ -93,7 +94,7 @@ async function ask() {
   const start = performance.now();
   try {
     const found = await api.ask(here.file, here.view, asked, control.signal);
-    const entry = { ...here, question: asked.question, answer: found.answers[0], limited: asked.candidates.length > 0,
+    const entry = { ...here, question: asked.question, answer: found.answers[0],
       took: (performance.now() - start) / 1000, server: found.seconds, id: found.id };
     showEntry(entry);
     history.remember(entry);

@@ -57,6 +57,7 @@ def take(browser: Any, url: str, folder: Path) -> None:
     page = asked(opened(browser, url, viewport=DESKTOP, color_scheme="dark"), *QUESTIONS)
     store(page.screenshot(full_page=True), folder / "page-dark.png")
     page = asked(opened(browser, url, viewport=PHONE, color_scheme="light", has_touch=True), *QUESTIONS[2:])
+    page.evaluate("scrollTo(0, 0)")  # asking has brought the answer into view
     store(page.screenshot(full_page=True), folder / "page-phone.png")
     page = opened(browser, url, viewport=DESKTOP, color_scheme="light")
     store(page.screenshot(), folder / "page-empty.png")
