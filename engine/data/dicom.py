@@ -81,9 +81,7 @@ def decode_dicom(data: bytes, frame: int | None, window: tuple[float, float] | N
         raise _corrupt() from None
 
 
-def dicom_header(
-    data: bytes, limits: ImageLimits
-) -> tuple[int, int, int, int, bool, tuple[float, float] | None]:
+def dicom_header(data: bytes, limits: ImageLimits) -> tuple[int, int, int, int, bool, tuple[float, float] | None]:
     """Columns, rows, frames, the middle one, whether a window may be given, and the file's own for that frame.
 
     Raises:

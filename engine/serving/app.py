@@ -67,7 +67,7 @@ def create_app(settings: Settings, version: str = "", on_failure: Callable[[], N
 
     app = FastAPI(
         title="miss", version=version, lifespan=lifespan, docs_url=None, redoc_url=None,
-        separate_input_output_schemas=False,
+        separate_input_output_schemas=False, redirect_slashes=False,
     )  # fmt: skip
     app.state.service, app.state.failure = service, None
     app.add_middleware(Gate, settings, service.auth, service.admission, service.metrics, service.exchanges)

@@ -19,9 +19,11 @@ KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-FILES = PAGES | {f"/page/{f.name}": f.name for f in sorted(FOLDER.iterdir()) if f.suffix in KINDS and f.suffix != ".html"}
+FILES = PAGES | {
+    f"/page/{f.name}": f.name for f in sorted(FOLDER.iterdir()) if f.suffix in KINDS and f.suffix != ".html"
+}
 PATHS = frozenset(FILES)
-# Nothing but this server's own files, no script or style in the text, no string that becomes script, no frame around it.
+# This server's own files alone, no script or style in their text, no string that becomes script, no frame around them.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types"

@@ -70,7 +70,9 @@ def take(browser: Any, url: str, folder: Path) -> None:
 def serving(log: IO[bytes]) -> Iterator[str]:
     """The address of a server with the checkpoint that ships, once it answers."""
     command = [sys.executable, "-P", "-m", "miss", "serve", "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     try:
         assert server.stdout is not None
         url = next(word for word in server.stdout.readline().decode().split() if word.startswith("http://"))
