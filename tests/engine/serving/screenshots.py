@@ -1,6 +1,7 @@
 """Pictures of the page for the docs: `make screenshots`, or python -m tests.engine.serving.screenshots [FOLDER].
 
-They are made of the checkpoint and the radiograph that ship, in the system's Chromium, and stored with few colours.
+They are made of the checkpoint and the radiograph that ship, in the system's Chromium, and stored as WebP: in the few
+colours of a small PNG the map would get edges that are not there.
 """
 
 import io
@@ -27,7 +28,7 @@ DESKTOP, PHONE = {"width": 1240, "height": 1000}, {"width": 390, "height": 844}
 
 def store(picture: bytes, path: Path) -> None:
     image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image.quantize(200, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    image.save(path, "WEBP", quality=90, method=6)
     print(f"{path}  {image.width} x {image.height}  {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -51,19 +52,18 @@ def asked(page: Any, *questions: str) -> Any:
 
 def take(browser: Any, url: str, folder: Path) -> None:
     page = asked(opened(browser, url, viewport=DESKTOP, color_scheme="light"), *QUESTIONS)
-    store(page.screenshot(full_page=True), folder / "page-light.png")
+    store(page.screenshot(full_page=True), folder / "page-light.webp")
     box = page.locator(".column").first.bounding_box()
-    store(page.screenshot(full_page=True, clip=box), folder / "page-heat.png")
+    store(page.screenshot(full_page=True, clip=box), folder / "page-heat.webp")
     page = asked(opened(browser, url, viewport=DESKTOP, color_scheme="dark"), *QUESTIONS)
-    store(page.screenshot(full_page=True), folder / "page-dark.png")
+    store(page.screenshot(full_page=True), folder / "page-dark.webp")
     page = asked(opened(browser, url, viewport=PHONE, color_scheme="light", has_touch=True), *QUESTIONS[2:])
     page.evaluate("scrollTo(0, 0)")  # asking has brought the answer into view
-    store(page.screenshot(full_page=True), folder / "page-phone.png")
+    store(page.screenshot(full_page=True), folder / "page-phone.webp")
     page = opened(browser, url, viewport=DESKTOP, color_scheme="light")
-    store(page.screenshot(), folder / "page-empty.png")
     page.goto(url + "/docs")
     page.locator(".route").first.wait_for()
-    store(page.screenshot(), folder / "page-routes.png")
+    store(page.screenshot(), folder / "page-routes.webp")
 
 
 @contextmanager
