@@ -78,8 +78,9 @@ async def image_as_seen(request: Request, service: Service) -> ImageResponse:
     with service.admission.hold(1, size * size):
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + SLACK):
-                exchange.stage = "image"
+                exchange.stage, start = "image", time.monotonic()
                 pixels = await service.images.decode(image, asked.frame, window)
+                service.metrics.took("image_decode_seconds", time.monotonic() - start)
                 facts = await service.images.facts(image)
                 drawn = base64.b64encode(await asyncio.to_thread(png, pixels, size)).decode()
         except TimeoutError:

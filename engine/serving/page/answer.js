@@ -12,6 +12,7 @@ export function clearAnswer() {
 // entry: {question, answer, took, id, server}
 export function showAnswer(entry) {
   const { answer } = entry;
+  const warnings = answer.finished ? answer.warnings : [...answer.warnings, "the answer was cut off: it is longer than it may be"];
   const others = answer.alternatives.map((other) => score(other.answer, other.score, false));
   $("answer-body").replaceChildren(
     make("p", { className: "asked" }, entry.question),
@@ -20,13 +21,13 @@ export function showAnswer(entry) {
     make("p", { className: "quiet" }, "Confidence is the probability that the model gives to exactly these words, not the chance that they are right."),
     others.length ? make("h3", { className: "others-title" }, "Other answers") : "",
     make("div", { className: "scores", id: "others" }, ...others),
-    answer.warnings.length
-      ? make("ul", { className: "warnings", "aria-label": "Warnings" }, ...answer.warnings.map((text) => make("li", {}, text)))
+    warnings.length
+      ? make("ul", { className: "warnings", "aria-label": "Warnings" }, ...warnings.map((text) => make("li", {}, text)))
       : "",
     times(entry),
   );
   show($("answer"), true);
-  const warned = answer.warnings.length ? ` Warning: ${answer.warnings.join(". ")}.` : "";
+  const warned = warnings.length ? ` Warning: ${warnings.join(". ")}.` : "";
   say(`Answer: ${answer.answer || "no words"}. Confidence ${percent(answer.score)}.${warned}`);
 }
 

@@ -13,7 +13,8 @@ import * as stage from "./stage.js";
 const EXAMPLES = ["What modality is this image?", "Which organ is shown?", "Is this image normal?", "Is there a fracture?",
   "Which part of the body is this?", "Is there a mass?"];
 const FRAMING = 4096; // bytes that a form adds to its file
-const RETRIED = new Set(["queue_full", "not_ready", "draining", "restarted", "deadline", "unreachable", "fault", "internal", "out_of_memory"]);
+const RETRIED = new Set(["queue_full", "not_ready", "draining", "restarted", "deadline", "unreachable", "fault", "internal", "out_of_memory",
+  "unauthorized"]);
 let image = null; // {file, view, seen}; seen: null until the server has read it
 let looking = null, asking = null; // AbortControllers of what is under way
 

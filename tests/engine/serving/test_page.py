@@ -250,6 +250,8 @@ def test_a_key_is_typed_in_and_kept_in_memory_only(guarded, tight):
     page = guarded.open(ready=False)
     page.get_by_text("This server wants a key").wait_for()
     page.wait_for_function("document.activeElement.id === 'key'")
+    page.locator("#file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png(1)})
+    page.locator("#image-problem", has_text="unauthorized").wait_for()
     page.get_by_label("Key of the server").fill("wrong-key")
     with page.expect_response("**/v1/models") as refused:
         page.get_by_role("button", name="Use key").click()
@@ -259,7 +261,8 @@ def test_a_key_is_typed_in_and_kept_in_memory_only(guarded, tight):
     page.get_by_text("Ready", exact=True).wait_for()
     assert page.locator("#key-panel").is_hidden() and page.locator("#key").input_value() == ""
     page.wait_for_function("document.activeElement.id === 'question'")
-    guarded.pick({"name": "a.png", "mimeType": "image/png", "buffer": png(1)})
+    page.get_by_role("button", name="Try again").click()
+    page.locator("#picture").wait_for()
     guarded.ask("which organ")
     assert "secret" not in page.content() and not any("secret" in r.url for r in guarded.requests)
     page.reload()
