@@ -5,6 +5,7 @@
 # make bench-kernels   every operation against this machine's ceilings, into benchmarks/results/
 # make gpu-suite       on a GPU: ceilings, tests, evidence, benchmarks, profiles into $OUT or runs/gpu-suite, 9 minutes
 # make soak            a server under long load, kills, vanishing clients and broken images
+# make screenshots     pictures of the page into docs/img (needs a Chromium)
 # make sanitize        the CPU kernels under address and undefined-behaviour sanitizers, some minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ CSRC := $(shell find csrc -path csrc/tests -prune -o -name "*.cpp" -print -o -na
 EXTRAS := dicom,train,evaluate,weights,zero,transcap,serve,test
 
 .DEFAULT_GOAL := help
-.PHONY: help answer setup test check parity torture soak sanitize bench bench-all bench-kernels gpu-suite clean
+.PHONY: help answer setup test check parity torture soak sanitize bench bench-all bench-kernels gpu-suite screenshots clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -85,6 +86,9 @@ torture: $(VENV)/.setup
 
 soak: $(VENV)/.setup
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -m soak tests/engine/serving
+
+screenshots: $(VENV)/.setup
+	@$(RUN) tests.engine.serving.screenshots
 
 # A build of its own in build/sanitize: the normal one stays.
 sanitize: $(VENV)/.setup

@@ -81,6 +81,30 @@ def decode_dicom(data: bytes, frame: int | None, window: tuple[float, float] | N
         raise _corrupt() from None
 
 
+def dicom_header(data: bytes, limits: ImageLimits) -> tuple[int, int, int, int, bool, tuple[float, float] | None]:
+    """Columns, rows, frames, the middle one, whether a window may be given, and the file's own for that frame.
+
+    Raises:
+        ImageError: as `decode_dicom`, as far as the header shows it.
+    """
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(_inflated(data, limits)), force=data[128:132] != b"DICM")
+        index = _check(dataset, None, limits)
+        grey = str(dataset.get("PhotometricInterpretation", "")).startswith("MONOCHROME")
+        voi = _functional(dataset, index, "FrameVOILUTSequence", "WindowCenter")
+        own = None
+        if grey and "VOILUTSequence" not in voi and "WindowCenter" in voi and "WindowWidth" in voi:
+            own = _first(voi.WindowCenter), _first(voi.WindowWidth)
+        known = own is not None and all(value is not None and np.isfinite(value) for value in own)
+        num_frames = int(dataset.get("NumberOfFrames", 1) or 1)
+        window = own if known else None
+        return int(dataset.Columns), int(dataset.Rows), num_frames, index, grey, window  # type: ignore[return-value]
+    except ImageError:
+        raise
+    except Exception:  # as above
+        raise _corrupt() from None
+
+
 def _inflated(data: bytes, limits: ImageLimits) -> bytes:
     """A deflated file as a plain one, its size bounded; any other as it is. pydicom alone would inflate without end."""
     if DEFLATED not in data:

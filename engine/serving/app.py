@@ -17,17 +17,20 @@ from miss.engine.serving.chat import chat
 from miss.engine.serving.gate import INTENDED_USE, Gate
 from miss.engine.serving.logs import event
 from miss.engine.serving.metrics import CONTENT_TYPE_LATEST
+from miss.engine.serving.pages import add_pages
 from miss.engine.serving.problems import Refused
 from miss.engine.serving.protocol import ChatRequest, ErrorResponse, VqaForm, VqaRequest, VqaResponse
 from miss.engine.serving.service import Service
 from miss.engine.serving.settings import Settings
 from miss.engine.serving.supervisor import CannotStart
+from miss.engine.serving.viewing import ImageForm, ImageRequest, ImageResponse, image_as_seen
 from miss.engine.serving.vqa import vqa
 
 SCHEMAS = "#/components/schemas/{model}"
 BODIES: dict[str, dict[str, type[BaseModel]]] = {
     "/v1/chat/completions": {"application/json": ChatRequest},
     "/v1/vqa": {"application/json": VqaRequest, "multipart/form-data": VqaForm},
+    "/v1/image": {"application/json": ImageRequest, "multipart/form-data": ImageForm},
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
@@ -62,12 +65,16 @@ def create_app(settings: Settings, version: str = "", on_failure: Callable[[], N
                 await starting
             await service.stop()
 
-    app = FastAPI(title="miss", version=version, lifespan=lifespan, redoc_url=None, separate_input_output_schemas=False)
+    app = FastAPI(
+        title="miss", version=version, lifespan=lifespan, docs_url=None, redoc_url=None,
+        separate_input_output_schemas=False, redirect_slashes=False,
+    )  # fmt: skip
     app.state.service, app.state.failure = service, None
     app.add_middleware(Gate, settings, service.auth, service.admission, service.metrics, service.exchanges)
     _refuse_in_our_words(app)
     _add_asking(app, service)
     _add_looking(app, service)
+    add_pages(app.router)
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     return app
 
@@ -90,6 +97,10 @@ def _add_asking(app: FastAPI, service: Service) -> None:
     @app.post("/v1/vqa", responses=ERRORS, summary="One image, one question or several", response_model=VqaResponse)
     async def visual_questions(request: Request) -> Response:
         return JSONResponse((await vqa(request, service)).model_dump())
+
+    @app.post("/v1/image", responses=ERRORS, summary="An image as the model sees it", response_model=ImageResponse)
+    async def images(request: Request) -> Response:
+        return JSONResponse((await image_as_seen(request, service)).model_dump())
 
 
 def _add_looking(app: FastAPI, service: Service) -> None:
@@ -128,6 +139,7 @@ def _model(service: Service) -> dict[str, Any]:
     return {
         **{"id": about["name"], "object": "model", "created": 0, "owned_by": "miss", "intended_use": INTENDED_USE},
         **{"weights_sha256": service.weights, "processor": about["fingerprint"], "notes": about["notes"]},
+        **{"image_size": about["preprocess"]["image_size"], "max_body_bytes": service.settings.max_body},
         **{"max_answer_tokens": about["answer_length"], "max_question_tokens": about["max_question_tokens"]},
     }
 

@@ -8,9 +8,11 @@ import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
+from miss.engine.serving.pages import PATHS
 from miss.engine.serving.problems import Refused
 
-PUBLIC = frozenset({"/health", "/ready"})  # what answers without a token: a word each, no content
+# What answers without a token: a word each, and the page's files, which are the same for everybody and hold no secret.
+PUBLIC = frozenset({"/health", "/ready"}) | PATHS
 
 
 def is_loopback(host: str) -> bool:

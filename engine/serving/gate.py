@@ -20,6 +20,7 @@ from miss.engine.serving.admission import Admission
 from miss.engine.serving.auth import Auth
 from miss.engine.serving.logs import LOGGER, event
 from miss.engine.serving.metrics import Metrics
+from miss.engine.serving.pages import PATHS
 from miss.engine.serving.problems import ANSWERED, CANCELLED, PROBLEMS, REJECTED, Refused
 from miss.engine.serving.settings import Settings
 
@@ -28,8 +29,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 INTENDED_USE = "research-only"
-ASKING = frozenset({"/v1/chat/completions", "/v1/vqa"})  # routes that ask the model: these are counted by outcome
-HANDLERS = ASKING | {"/v1/models", "/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"}
+# Routes that take an image, whether or not a question with it: these are counted by outcome.
+ASKING = frozenset({"/v1/chat/completions", "/v1/vqa", "/v1/image"})
+HANDLERS = ASKING | PATHS | {"/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json"}
 DISCARDED, DISCARD_SECONDS = 8 << 20, 5.0
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")

@@ -10,10 +10,12 @@ import resource
 import signal
 import sys
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 from miss.engine.data.decoding import HEADER, PIXELS, REFUSED
 from miss.engine.data.errors import ImageError, ImageLimits
+from miss.engine.data.facts import image_facts
 from miss.engine.data.images import decode_image
 from miss.engine.data.processor import stretch
 from miss.models.config import PreprocessConfig
@@ -52,9 +54,11 @@ def _first() -> bytes:
 
 
 def answer(data: bytes, asked: dict[str, Any], preprocess: PreprocessConfig, limits: ImageLimits) -> tuple[int, bytes]:
-    """The kind of answer and its bytes: pixels uint8 (S, S, 3), or a word."""
+    """The kind of answer and its bytes: pixels uint8 (S, S, 3) or what was asked instead of them, or a word."""
     window = None if asked["window"] is None else tuple(asked["window"])
     try:
+        if asked["facts"]:
+            return PIXELS, json.dumps(asdict(image_facts(data, limits))).encode()
         pixels = decode_image(data, frame=asked["frame"], window=window, limits=limits)  # type: ignore[arg-type]
         return PIXELS, stretch(pixels, preprocess).tobytes()
     except ImageError as error:

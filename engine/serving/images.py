@@ -74,14 +74,14 @@ class Worker:
         )
         return cls(process)
 
-    async def decode(self, data: bytes, frame: int | None, window: Window | None) -> tuple[int, bytes]:
+    async def ask(self, data: bytes, asked: dict[str, Any]) -> tuple[int, bytes]:
         """The kind of answer and its bytes.
 
         Raises:
             WorkerEnded: the process did.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        line = json.dumps({"bytes": len(data), "frame": frame, "window": window}).encode() + b"\n"
+        line = json.dumps({"bytes": len(data), **asked}).encode() + b"\n"
         try:
             self.process.stdin.write(line)
             self.process.stdin.write(data)
@@ -115,8 +115,8 @@ class Decoding:
 
 
 class ImagePool:
-    """`decode` gives pixels uint8 (S, S, 3) as bytes. Equal images that are asked for together are decoded once, and
-    the last ones are kept.
+    """`decode` gives pixels uint8 (S, S, 3) as bytes, `facts` what the file says of itself. Equal images that are asked
+    for together are decoded once, and the last ones are kept.
 
     on_end: told "died" or "late" when a process ended.
     """
@@ -145,7 +145,19 @@ class ImagePool:
         Raises:
             Refused: with one of the words of images.
         """
-        key = hashlib.sha256(repr((frame, window)).encode() + b"\n" + data).digest()
+        return await self._ask({"frame": frame, "window": window, "facts": False}, data)
+
+    async def facts(self, data: bytes) -> dict[str, Any]:
+        """`Facts` by name.
+
+        Raises:
+            Refused: as `decode`.
+        """
+        found: dict[str, Any] = json.loads(await self._ask({"frame": None, "window": None, "facts": True}, data))
+        return found
+
+    async def _ask(self, asked: dict[str, Any], data: bytes) -> bytes:
+        key = hashlib.sha256(json.dumps(asked).encode() + b"\n" + data).digest()
         self.queries += 1
         if key in self._kept:
             self.hits += 1
@@ -154,7 +166,7 @@ class ImagePool:
         one = self._running.get(key)
         if one is None:
             one = self._running[key] = Decoding()
-            one.task = asyncio.create_task(self._decode(one, key, data, frame, window))
+            one.task = asyncio.create_task(self._work(one, key, data, asked))
         assert one.task is not None
         one.num_waiting += 1
         try:
@@ -171,12 +183,12 @@ class ImagePool:
         if one.task is not None and one.task.done() and not one.task.cancelled():
             one.task.exception()  # looked at: those who waited may all have left
 
-    async def _decode(self, one: Decoding, key: bytes, data: bytes, frame: int | None, window: Window | None) -> bytes:
+    async def _work(self, one: Decoding, key: bytes, data: bytes, asked: dict[str, Any]) -> bytes:
         assert one.task is not None
         one.task.add_done_callback(lambda _: self._forget(key, one))
         for tries_left in (2, 1, 0):
             try:
-                kind, answer = await self._ask(one, data, frame, window)
+                kind, answer = await self._try(one, data, asked)
                 break
             except WorkerEnded:  # something else may have ended the process: again, in another one
                 if not tries_left:
@@ -187,12 +199,12 @@ class ImagePool:
         word = answer.decode()
         raise Refused(OF_IMAGES[Reason(word)] if word in set(Reason) else word, "image_url")
 
-    async def _ask(self, one: Decoding, data: bytes, frame: int | None, window: Window | None) -> tuple[int, bytes]:
+    async def _try(self, one: Decoding, data: bytes, asked: dict[str, Any]) -> tuple[int, bytes]:
         worker, whole = await self._living(), False
         one.begun = True
         try:
             async with asyncio.timeout(self.settings.decode_timeout):
-                answer = await worker.decode(data, frame, window)
+                answer = await worker.ask(data, asked)
             whole = True
             return answer
         except TimeoutError:

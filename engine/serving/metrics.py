@@ -3,7 +3,7 @@
 Knows numbers and fixed words; does not know requests' contents.
 
 The law, at any moment: requests_received_total = the sum of requests_ended_total over outcomes (answered, rejected,
-failed, cancelled) + requests_in_flight. A request here is one of the POST routes that ask the model.
+failed, cancelled) + requests_in_flight. A request here is one of the POST routes, which all take an image.
 """
 
 import time
@@ -26,7 +26,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.model_name = ""
-        self.received = self._counter("requests_received", "Requests that asked the model, whatever came of them")
+        self.received = self._counter("requests_received", "Requests with an image, whatever came of them")
         self.ended = self._counter("requests_ended", "Requests that ended", "outcome")
         self.in_flight = self._gauge("requests_in_flight", "Requests received and not ended")
         self.success = self._counter("request_success", "Answers by how they ended", "model_name", "finished_reason")
@@ -87,7 +87,7 @@ class Metrics:
         """code: the word of the problem, where there was one."""
         self.in_flight.dec()
         self.ended.labels(outcome).inc()
-        if outcome == ANSWERED:
+        if outcome == ANSWERED and stage == "response":  # else an image was only looked at
             self.took("e2e_request_latency_seconds", time.monotonic() - arrived)
         elif outcome == CANCELLED:
             self.cancelled.labels(stage).inc()

@@ -55,7 +55,9 @@ PROBLEMS = {
     "request_timeout": _client(408, "The request was not sent in time.", closes=True),
     "content_too_large": _client(413, "The body is larger than this server takes.", closes=True),
     "content_encoded": _client(415, "Compressed bodies are not taken; send it without Content-Encoding.", closes=True),
-    "unsupported_media_type": _client(415, "Wanted application/json, or multipart/form-data for /v1/vqa."),
+    "unsupported_media_type": _client(
+        415, "Wanted application/json, or multipart/form-data for /v1/vqa and /v1/image."
+    ),
     "image_not_base64": _image("The image is not base64."),
     "image_url_refused": _image("Only data: URLs with base64 are taken; this server fetches nothing."),
     "image_unreadable": _image("The image cannot be read."),

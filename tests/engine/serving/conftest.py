@@ -1,5 +1,6 @@
 """One server for most tests, and one with a key and small bounds."""
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -42,3 +43,41 @@ def tight(folder):
     )  # fmt: skip
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def served_page(tmp_path_factory):
+    """`miss serve` with the checkpoint that ships, for a browser."""
+    from tests.engine.serving.test_process import SMALL, Process
+
+    if not (SMALL / "model.safetensors").exists():
+        pytest.skip(f"{SMALL} is not there")
+    process = Process(tmp_path_factory.mktemp("page"), SMALL, "--threads", "1")
+    yield process
+    assert process.terminate() == 0
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    """One a module, not a session: while it is there, its event loop stands in the way of `asyncio.run`."""
+    from tests.engine.serving.browser import chromium
+
+    with chromium() as one:
+        yield one
+
+
+@pytest.fixture
+def opened(chrome, served_page):
+    """Makes watched pages; what a failed test leaves open is closed after it."""
+    from tests.engine.serving.watching import Watched
+
+    made = []
+
+    def make(*args, **options):
+        made.append(Watched(chrome, served_page.url, *args, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        with contextlib.suppress(Exception):
+            one.context.close()
