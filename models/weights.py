@@ -297,9 +297,10 @@ def verify_files(
         )
     try:
         seals = json.loads(header.get("files", "{}"))
-    except (ValueError, RecursionError):
-        seals = None
-    if not isinstance(seals, dict) or any(Path(name).name != name for name in seals):
+        plain = all(Path(name).name == name and len(name.encode()) < 256 for name in seals)
+    except (ValueError, TypeError, RecursionError):
+        plain = False
+    if not plain or not isinstance(seals, dict):
         raise CheckpointError(f"{folder / WEIGHTS}: altered since it was written (its header is not readable)")
     for name, seal in seals.items():
         path = folder / name

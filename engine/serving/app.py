@@ -34,7 +34,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(settings: Settings, version: str = "", on_failure: Callable[[], None] | None = None) -> FastAPI:
+def create_app(settings: Settings, version: str = "0", on_failure: Callable[[], None] | None = None) -> FastAPI:
     """An ASGI application whose engine starts and stops with it; `app.state.service` is what routes share.
 
     It answers at once, with 503 until the engine has answered a first question. on_failure: called where that one

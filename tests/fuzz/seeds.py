@@ -51,6 +51,8 @@ def manifest() -> Seeds:
     row = {"qid": "1", "image": "a.png", "question": "is it?", "answer": "no", "answer_type": "closed"}
     yield "questions", b"\0" + json.dumps(row).encode() + b"\n" + json.dumps({**row, "qid": 2}).encode()
     yield "questions-leaving", b"\0" + json.dumps({**row, "image": "../../etc/passwd"}).encode()
+    yield "questions-long", b"\0" + json.dumps({**row, "image": "a" * 300}).encode()
+    yield "questions-far", b"\0" + json.dumps({**row, "image": "a/" * 3000}).encode()
     yield "questions-deep", b"\0" + b"[" * DEEP
     yield "pairs", b"\1" + json.dumps({"image": "a.png", "captions": ["a chest", "an x-ray"]}).encode()
     yield "pair", b"\1" + json.dumps({"image": "a.png", "caption": "a chest"}).encode()
@@ -58,6 +60,7 @@ def manifest() -> Seeds:
     shard = {"name": "a.tar", "bytes": 1024, "sha256": "0"}
     index = {"format": "miss-packed", "version": 1, "shards": [shard], "images": [["a", 0, 0, 10, 1]]}
     yield "packed", b"\3" + json.dumps(index).encode()
+    yield "packed-long", b"\3" + json.dumps({**index, "shards": [{**shard, "name": "a" * 300 + ".tar"}]}).encode()
     yield "packed-deep", b"\3" + b'{"a":' * DEEP
     listed = {"state": {"size": 2, "sha256": "6b51d431df5d7f141cbececcf79edf3dd861c3b4069f0b11661a3eefacbba918"}}
     yield "files", b"\4" + _manifest_bytes(listed)
@@ -96,7 +99,7 @@ def checkpoint() -> Seeds:
     yield "odd-type", b"\1" + json.dumps(odd).encode() + b"\n1"
     deep = {"__metadata__": {"files": "[" * DEEP}}
     yield "seals-deep", b"\1" + json.dumps(deep).encode() + b"\n"
-    for number, seals in enumerate(("[]", "7", '{"config.json": 1}', '{"../x": "0"}')):
+    for number, seals in enumerate(("[]", "7", '{"config.json": 1}', '{"../x": "0"}', '{"%s": "0"}' % ("a" * 300))):
         yield f"seals-{number}", b"\1" + json.dumps({"__metadata__": {"files": seals}}).encode() + b"\n"
     yield "long-header", b"\0" + (2**63).to_bytes(8, "little")
     files = config_files(MissConfig.preset("small"))
