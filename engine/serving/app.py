@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from miss.engine.serving.chat import chat
+from miss.engine.serving.description import complete
 from miss.engine.serving.gate import INTENDED_USE, Gate
 from miss.engine.serving.logs import event
 from miss.engine.serving.metrics import CONTENT_TYPE_LATEST
@@ -24,7 +25,6 @@ from miss.engine.serving.settings import Settings
 from miss.engine.serving.supervisor import CannotStart
 from miss.engine.serving.vqa import vqa
 
-SCHEMAS = "#/components/schemas/{model}"
 BODIES: dict[str, dict[str, type[BaseModel]]] = {
     "/v1/chat/completions": {"application/json": ChatRequest},
     "/v1/vqa": {"application/json": VqaRequest, "multipart/form-data": VqaForm},
@@ -133,23 +133,12 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 def _describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the bodies that the routes read themselves, and the bearer token."""
+    """The OpenAPI document."""
     if app.openapi_schema:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version or "0", routes=app.routes, description=(
         "Medical visual question answering. For research only, not for diagnosis."
     ))  # fmt: skip
-    components = document.setdefault("components", {})
-    schemas = components.setdefault("schemas", {})
-    for path, kinds in BODIES.items():
-        content = {}
-        for media, kind in kinds.items():
-            schema = kind.model_json_schema(ref_template=SCHEMAS)
-            schemas |= schema.pop("$defs", {})
-            schemas[kind.__name__] = schema
-            content[media] = {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}
-        document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-    components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{"bearer": []}]
+    complete(document, BODIES, app.state.service.settings.api_key is not None)
     app.openapi_schema = document
     return document

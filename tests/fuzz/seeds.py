@@ -37,8 +37,18 @@ def of_dicom() -> Seeds:
     yield "window", b"\x22" + dicom("name", 16, (8, 8), WindowCenter=100, WindowWidth=50, RescaleSlope=2)
     yield "frames", b"\x11" + dicom("name", 8, (8, 8), NumberOfFrames=2, PixelData=bytes(128))
     yield "inverted", b"\0" + dicom("name", 8, (8, 8), PhotometricInterpretation="MONOCHROME1")
-    yield "colour", b"\0" + dicom(
-        "n", 8, (8, 8), SamplesPerPixel=3, PlanarConfiguration=0, PhotometricInterpretation="RGB", PixelData=bytes(192)
+    yield (
+        "colour",
+        b"\0"
+        + dicom(
+            "n",
+            8,
+            (8, 8),
+            SamplesPerPixel=3,
+            PlanarConfiguration=0,
+            PhotometricInterpretation="RGB",
+            PixelData=bytes(192),
+        ),
     )
     yield "padding", b"\0" + dicom("name", 16, (8, 8), PixelPaddingValue=0)
     yield "rle", b"\0" + dicom("name", 8, (8, 8)).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0")
@@ -80,7 +90,13 @@ def request() -> Seeds:
     yield "vqa-numbers", b"\1" + json.dumps({**asked, "top_k": 2**70, "window": [1e308, -1e308]}).encode()
     yield "vqa-surrogate", b"\1" + json.dumps({**asked, "constrain": ["\ud800"]}).encode()
     part = b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
-    fields = [(b"question", b"ct"), (b"window", b"1"), (b"window", b"nan"), (b"top_k", b"1e400"), (b"seed", b"9" * 5000)]
+    fields = [
+        (b"question", b"ct"),
+        (b"window", b"1"),
+        (b"window", b"nan"),
+        (b"top_k", b"1e400"),
+        (b"seed", b"9" * 5000),
+    ]
     file = part % (b"image", b'; filename="a.png"\r\nContent-Type: image/png', picture(size=(4, 4)))
     for number in range(len(fields)):
         yield f"form-{number}", b"\2" + b"".join(part % (n, b"", v) for n, v in fields[: number + 1]) + file + b"--x--"

@@ -40,7 +40,10 @@ def png_that_declares(width, height, data=b"", chunks=()):
 def dicom(text, bits=8, size=(16, 16), **tags):
     """A file with the text in its tags, of so many bits a value; tags: what to say instead."""
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = SecondaryCaptureImageStorage, generate_uid("1.2.", [text])
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
+        SecondaryCaptureImageStorage,
+        generate_uid("1.2.", [text]),
+    )
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     found = FileDataset("x", {}, file_meta=meta, preamble=bytes(128))
     found.SOPClassUID, found.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
@@ -122,7 +125,13 @@ def resized(data, at, layout, *values):
 
 def polyglots(good):
     """(name, bytes): files that are two things, or begin as another."""
-    magics = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff\xe0", "gif": b"GIF89a", "bmp": b"BM", "tiff": b"II*\0"}
+    magics = {
+        "png": b"\x89PNG\r\n\x1a\n",
+        "jpeg": b"\xff\xd8\xff\xe0",
+        "gif": b"GIF89a",
+        "bmp": b"BM",
+        "tiff": b"II*\0",
+    }
     for name, data in good:
         yield f"{name}-and-zip", data + b"PK\x03\x04" + bytes(50)
         for kind, magic in magics.items():
