@@ -35,7 +35,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }  # as the file format calls them
 
-# What a file that is none makes the library say, and PyTorch of a size beyond 64 bits (a tensor of no bytes may have one).
+# What a file that is none makes the library raise, and PyTorch of a size beyond 64 bits, which no bytes may have.
 BROKEN = (SafetensorError, KeyError, TypeError, RuntimeError)
 
 

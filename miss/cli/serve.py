@@ -48,6 +48,8 @@ class Args:
     """Seconds for a request's headers."""
     body_timeout: float = 30.0
     """Seconds for a request's body."""
+    write_timeout: float = 30.0
+    """Seconds for a client to read what was written to it."""
     drain_timeout: float = 30.0
     """Seconds that accepted requests are given after SIGTERM."""
     max_body_mib: float = 32.0
@@ -68,7 +70,15 @@ def main(args: Args) -> int:
 
     names = (
         *("checkpoint", "precision", "device", "host", "port", "threads", "max_batch_size", "max_waiting", "timeout"),
-        *("header_timeout", "body_timeout", "drain_timeout", "decoders", "decode_timeout", "audit_log"),
+        *(
+            "header_timeout",
+            "body_timeout",
+            "write_timeout",
+            "drain_timeout",
+            "decoders",
+            "decode_timeout",
+            "audit_log",
+        ),
     )
     max_body = int(args.max_body_mib * MIB)
     settings = Settings(

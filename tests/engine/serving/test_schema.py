@@ -17,8 +17,8 @@ from schemathesis.specs.openapi import checks  # noqa: E402
 CHECKS = [checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance]
 IMAGES = [png(seed, (12, 9)) for seed in range(4)]
 NO_DEADLINE = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
-OURS = {"bad_request", "conflicting", "question_required", "bad_question", "image_required", "too_many_images", "invalid",
-        "model_not_found", "bad_form", "bad_json", "queue_full", "deadline", "unsupported"}  # fmt: skip
+OURS = {"bad_request", "conflicting", "question_required", "bad_question", "image_required", "too_many_images",
+        "invalid", "model_not_found", "bad_form", "bad_json", "queue_full", "deadline", "unsupported"}  # fmt: skip
 # Why a request that the document allows may be refused: bounds that depend on settings or on two fields together, the
 # image, the model's name; bad_json: lone surrogates, which JSON allows and text does not.
 
