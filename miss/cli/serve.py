@@ -54,6 +54,8 @@ class Args:
     """Seconds that accepted requests are given after SIGTERM."""
     max_body_mib: float = 32.0
     """The largest body, and the largest image, in MiB."""
+    cache_mib: float = 512.0
+    """Of encoded images that the engine keeps, in MiB; the front keeps decoded ones in an eighth of it."""
     decoders: int = 2
     """Processes that decode images."""
     decode_timeout: float = 10.0
@@ -66,7 +68,7 @@ def main(args: Args) -> int:
     from miss import __version__
     from miss.engine.data.errors import ImageLimits
     from miss.engine.serving.server import check_exposure, serve
-    from miss.engine.serving.settings import MIB, Settings
+    from miss.engine.serving.settings import ENCODED, MIB, Settings
 
     names = (
         *("checkpoint", "precision", "device", "host", "port", "threads", "max_batch_size", "max_waiting", "timeout"),
@@ -86,6 +88,7 @@ def main(args: Args) -> int:
         api_key=args.api_key or os.environ.get("MISS_API_KEY") or None,
         max_wait=args.max_wait_ms / 1000,
         max_body=max_body,
+        cache_bytes=int(args.cache_mib * MIB / ENCODED),
         image_limits=ImageLimits(max_bytes=max(1, max_body)),
     )
     check_exposure(settings, args.insecure)

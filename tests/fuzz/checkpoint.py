@@ -14,7 +14,8 @@ with instrumented(__name__, "miss.models"):
     from miss.models.tensor_file import map_tensors, read_tensors
     from miss.models.weights import config_files, read_config, verify_files
 
-FOLDER = Path(tempfile.mkdtemp(prefix="miss-fuzz-"))
+TEMPORARY = tempfile.TemporaryDirectory(prefix="miss-fuzz-")
+FOLDER = Path(TEMPORARY.name)
 WHOLE = config_files(MissConfig.preset("small"))
 
 

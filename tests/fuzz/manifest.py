@@ -16,7 +16,8 @@ with instrumented(__name__, "miss.engine.data", "miss.engine.training.checkpoint
     from miss.engine.data.shards import damage_named, read_index, read_places
     from miss.engine.training.checkpoint import MANIFEST, CheckpointCorrupt, _manifest_bytes, verify
 
-FOLDER = Path(tempfile.mkdtemp(prefix="miss-fuzz-"))
+TEMPORARY = tempfile.TemporaryDirectory(prefix="miss-fuzz-")
+FOLDER = Path(TEMPORARY.name)
 (FOLDER / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
 (FOLDER / "a.tar").write_bytes(bytes(1024))
 

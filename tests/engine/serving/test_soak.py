@@ -19,11 +19,12 @@ from tests.engine.serving.started import Process
 
 QUESTIONS = ("is there a mass?", "which organ", "ct", "left lung?")
 MIB = 1 << 20
+FLAGS = ("--header-timeout", "2", "--body-timeout", "2", "--cache-mib", "4")  # a cache that is soon full, and stays so
 
 
 @pytest.fixture(scope="module")
 def served(folder, tmp_path_factory):
-    process = Process(tmp_path_factory.mktemp("soak"), folder, "--header-timeout", "2", "--body-timeout", "2")
+    process = Process(tmp_path_factory.mktemp("soak"), folder, *FLAGS)
     yield process
     assert process.terminate() == 0
 
@@ -150,7 +151,7 @@ def test_some_seconds_of_mixed_load(served):
 
 @pytest.mark.soak
 def test_memory_and_descriptors_stay_under_mixed_load(served):
-    """The first third warms caches and the allocator's pools up; the slope is of the rest."""
+    """The first third fills caches and the allocator's pools; the slope is of the rest."""
     samples, done, requests, descriptors = soaked(served, float(os.environ.get("MISS_SOAK_SECONDS", 1800)))
     slope = slopes(samples, 1 / 3)
     memory = {part: [round(one[part] / MIB, 1) for _, one in samples[:: max(1, len(samples) // 12)]] for part in slope}
