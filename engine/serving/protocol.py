@@ -91,7 +91,7 @@ class ChatRequest(Choosing):
     store: Literal[False] | None = None
 
 
-ONE_OF_QUESTIONS = {
+ONE_OF_QUESTIONS: dict[str, Any] = {
     "oneOf": [
         {"required": ["question"], "properties": {"question": {"type": "string"}}},
         {"required": ["questions"], "properties": {"questions": {"type": "array"}}},
