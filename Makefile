@@ -6,6 +6,7 @@
 # make gpu-suite       on a GPU: ceilings, tests, evidence, benchmarks, profiles into $OUT or runs/gpu-suite, 9 minutes
 # make soak            a server under long load, kills, vanishing clients and broken images
 # make screenshots     pictures of the page into docs/img (needs a Chromium)
+# make fuzz            what reads strangers' bytes, under atheris (pip install "miss-engine[fuzz]"), 10 minutes a target
 # make sanitize        the CPU kernels under address and undefined-behaviour sanitizers, some minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ CSRC := $(shell find csrc -path csrc/tests -prune -o -name "*.cpp" -print -o -na
 EXTRAS := dicom,train,evaluate,weights,zero,transcap,serve,test
 
 .DEFAULT_GOAL := help
-.PHONY: help answer setup test check parity torture soak sanitize bench bench-all bench-kernels gpu-suite screenshots clean
+.PHONY: help answer setup test check parity torture soak fuzz sanitize bench bench-all bench-kernels gpu-suite screenshots clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -89,6 +90,12 @@ soak: $(VENV)/.setup
 
 screenshots: $(VENV)/.setup
 	@$(RUN) tests.engine.serving.screenshots
+
+# FUZZ_SECONDS of each; what is found lies in build/fuzz.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.setup
+	@for target in image dicom manifest request checkpoint; do \
+	  $(RUN) tests.fuzz.$$target -max_total_time=$(FUZZ_SECONDS) || exit 1; done
 
 # A build of its own in build/sanitize: the normal one stays.
 sanitize: $(VENV)/.setup

@@ -35,6 +35,9 @@ _DTYPES = {
     "BOOL": torch.bool,
 }  # as the file format calls them
 
+# What a file that is none makes the library raise, and PyTorch of a size beyond 64 bits, which no bytes may have.
+BROKEN = (SafetensorError, KeyError, TypeError, RuntimeError)
+
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Tensors that share no memory (`unshared`), with metadata beside them, as a safetensors file."""
@@ -62,7 +65,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             for name, tensor in empty.items():
                 _fill(tensor, raw, f"{path}: truncated while it was read, at {name}")
         return empty, metadata
-    except (SafetensorError, KeyError) as error:
+    except BROKEN as error:
         size = path.stat().st_size
         raise CheckpointError(
             f"{path}: truncated, altered or not a safetensors file ({size} bytes; {error}): copy or convert it again"
@@ -99,7 +102,7 @@ def map_tensors(path: Path) -> MappedFile:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             metadata = file.metadata() or {}
             shapes = {name: (s.get_shape(), _DTYPES[s.get_dtype()]) for name, s in slices.items()}
-    except (SafetensorError, KeyError) as error:
+    except BROKEN as error:
         raise CheckpointError(
             f"{path}: truncated, altered or not a safetensors file ({size} bytes; {error}): copy or convert it again"
         ) from None

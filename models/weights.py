@@ -268,7 +268,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file; a checkpoint folder has {CONFIG}, {WEIGHTS} and {PREPROCESSOR}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}; wanted a JSON object")
@@ -297,10 +297,11 @@ def verify_files(
         )
     try:
         seals = json.loads(header.get("files", "{}"))
-    except ValueError:
-        raise CheckpointError(
-            f"{folder / WEIGHTS}: altered since it was written (its header is not readable)"
-        ) from None
+        plain = all(Path(name).name == name and len(name.encode()) < 256 for name in seals)
+    except (ValueError, TypeError, RecursionError):
+        plain = False
+    if not plain or not isinstance(seals, dict):
+        raise CheckpointError(f"{folder / WEIGHTS}: altered since it was written (its header is not readable)")
     for name, seal in seals.items():
         path = folder / name
         if not path.is_file():

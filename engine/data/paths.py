@@ -7,6 +7,9 @@ import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 ENVIRONMENT = "MISS_DATA"
+# Bytes of one name and of all, as file systems have them (4,095, the root's included): asking for a longer one is an
+# error of the system's, not a no.
+LONGEST, LONGEST_PATH = 255, 2048
 BESIDE = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 
@@ -31,6 +34,9 @@ def safe_path(root: str | os.PathLike[str], name: str) -> Path:
         raise PathError(f"image path {shown} is absolute; wanted one relative to its data folder")
     if ".." in PurePosixPath(name.replace("\\", "/")).parts:
         raise PathError(f'image path {shown} holds ".."; wanted one that stays inside its data folder')
+    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in PurePosixPath(name).parts]
+    if max(sizes, default=0) > LONGEST or sum(sizes) + len(sizes) > LONGEST_PATH:
+        raise PathError(f"image path {shown} is longer than any file's; wanted names of up to {LONGEST} bytes")
     base = Path(root).resolve()
     path = base / name
     try:

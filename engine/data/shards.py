@@ -258,7 +258,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         for shard in index["shards"]:
             _check_shard(folder, shard)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, OSError):  # OSError: a name longer than any file's
         raise DataError(f"{path}: damaged; copy or pack the data again") from None
     return index
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from miss.engine.serving.chat import chat
+from miss.engine.serving.description import complete
 from miss.engine.serving.gate import INTENDED_USE, Gate
 from miss.engine.serving.logs import event
 from miss.engine.serving.metrics import CONTENT_TYPE_LATEST
@@ -26,7 +27,6 @@ from miss.engine.serving.supervisor import CannotStart
 from miss.engine.serving.viewing import ImageForm, ImageRequest, ImageResponse, image_as_seen
 from miss.engine.serving.vqa import vqa
 
-SCHEMAS = "#/components/schemas/{model}"
 BODIES: dict[str, dict[str, type[BaseModel]]] = {
     "/v1/chat/completions": {"application/json": ChatRequest},
     "/v1/vqa": {"application/json": VqaRequest, "multipart/form-data": VqaForm},
@@ -37,7 +37,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(settings: Settings, version: str = "", on_failure: Callable[[], None] | None = None) -> FastAPI:
+def create_app(settings: Settings, version: str = "0", on_failure: Callable[[], None] | None = None) -> FastAPI:
     """An ASGI application whose engine starts and stops with it; `app.state.service` is what routes share.
 
     It answers at once, with 503 until the engine has answered a first question. on_failure: called where that one
@@ -145,23 +145,12 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 def _describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the bodies that the routes read themselves, and the bearer token."""
+    """The OpenAPI document."""
     if app.openapi_schema:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version or "0", routes=app.routes, description=(
         "Medical visual question answering. For research only, not for diagnosis."
     ))  # fmt: skip
-    components = document.setdefault("components", {})
-    schemas = components.setdefault("schemas", {})
-    for path, kinds in BODIES.items():
-        content = {}
-        for media, kind in kinds.items():
-            schema = kind.model_json_schema(ref_template=SCHEMAS)
-            schemas |= schema.pop("$defs", {})
-            schemas[kind.__name__] = schema
-            content[media] = {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}
-        document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-    components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{"bearer": []}]
+    complete(document, BODIES, app.state.service.settings.api_key is not None)
     app.openapi_schema = document
     return document

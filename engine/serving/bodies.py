@@ -4,6 +4,7 @@ Knows pydantic's kinds of errors and forms; does not know what is asked for.
 """
 
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from miss.engine.serving.problems import Refused
 Request = TypeVar("Request", bound=BaseModel)
 LISTS = frozenset({"question", "candidates", "constrain", "window"})  # fields of a form that may be repeated
 TEXTS = frozenset({"question", "candidates", "constrain"})
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")  # as JSON has them
 WORDS = {  # pydantic's own word for an error, by its beginning, and ours
     "missing": "is missing",
     "extra_forbidden": "has a field that is not known here",
@@ -121,9 +123,6 @@ def _number(text: str) -> Any:
     """What a form's text stands for: a truth value, a number, or itself."""
     if text in ("true", "false"):
         return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    if not NUMBER.fullmatch(text) or len(text) > 4000:  # Python alone would take " 1_0" and other scripts' digits, too
+        return text
+    return int(text) if text.lstrip("-").isdigit() else float(text)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Text = Annotated[str, Field(max_length=20_000)]
+Question = Annotated[str, Field(max_length=20_000, pattern=r"\S")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Answers = Annotated[list[Annotated[str, Field(min_length=1, max_length=500, pattern=r"\S")]], Field(min_length=1)]
 
@@ -90,12 +91,22 @@ class ChatRequest(Choosing):
     store: Literal[False] | None = None
 
 
+ONE_OF_QUESTIONS: dict[str, Any] = {
+    "oneOf": [
+        {"required": ["question"], "properties": {"question": {"type": "string"}}},
+        {"required": ["questions"], "properties": {"questions": {"type": "array"}}},
+    ]
+}
+
+
 class VqaRequest(Choosing):
-    """One image and one question or several."""
+    """One image, and one question (`question`) or several (`questions`)."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_OF_QUESTIONS)
 
     image: str = Field(description="A data: URL with base64, or base64 alone.")
-    question: Text | None = None
-    questions: Annotated[list[Text], Field(min_length=1)] | None = None
+    question: Question | None = None
+    questions: Annotated[list[Question], Field(min_length=1)] | None = None
     alternatives: Annotated[int, Field(ge=0, le=15)] = 2
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     attention_map: bool = False
@@ -105,7 +116,7 @@ class VqaForm(Choosing):
     """As `vqa` in JSON, with the image as a file; lists are repeated fields."""
 
     image: str = Field(json_schema_extra={"format": "binary"})
-    question: Annotated[list[Text], Field(min_length=1)]
+    question: Annotated[list[Question], Field(min_length=1)]
     alternatives: Annotated[int, Field(ge=0, le=15)] = 2
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     attention_map: bool = False
@@ -148,11 +159,57 @@ class VqaResponse(BaseModel):
     seconds: float
 
 
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[float]
+
+
+class ChoiceLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class Choice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Details(BaseModel):
+    """What OpenAI's protocol has no place for."""
+
+    scores: list[float]
+    logprobs: list[float]
+    warnings: list[str]
+    seconds: dict[str, float]
+    intended_use: str
+
+
+class ChatResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: dict[str, int]
+    miss: Details
+
+
 class ErrorBody(BaseModel):
     message: str
     type: str
     param: str | None
     code: str
+    request_id: str
 
 
 class ErrorResponse(BaseModel):

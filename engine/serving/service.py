@@ -12,6 +12,7 @@ from typing import Any
 
 from miss.engine.serving.admission import Admission
 from miss.engine.serving.auth import Auth, is_loopback
+from miss.engine.serving.bodies import NUMBER
 from miss.engine.serving.gate import Exchange
 from miss.engine.serving.images import ImagePool, Window
 from miss.engine.serving.logs import Audit, event
@@ -91,10 +92,7 @@ class Service:
         """
         least = self.settings.timeout
         if header is not None:
-            try:
-                given = float(header)
-            except ValueError:
-                given = 0.0
+            given = float(header) if NUMBER.fullmatch(header) else 0.0
             if not given > 0:
                 raise Refused("bad_timeout", "X-Request-Timeout")
             least = min(least, given)

@@ -9,6 +9,7 @@ from pathlib import Path
 from miss.engine.data.errors import ImageLimits
 
 MIB = 1 << 20
+ENCODED = 8
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Settings:
         fill; one that works takes new questions in between steps, without waiting.
     max_waiting, max_waiting_pixels: questions, and pixels of their decoded images, that have been taken on and are not
         answered yet. max_body_memory: of all request bodies that are held at a time.
-    max_images: of one request. cache_bytes: of decoded images kept, by content.
+    cache_bytes: of decoded images kept, by content; the engine keeps ENCODED times as much of encoded ones.
     header_timeout, body_timeout, write_timeout: how long a client may take to send and to read.
     timeout: of a request, from its first byte to its answer; a request may ask for less.
     drain_timeout: what accepted requests are given after SIGTERM.

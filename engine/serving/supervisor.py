@@ -20,7 +20,7 @@ from miss.engine.serving import frames
 from miss.engine.serving.images import environment
 from miss.engine.serving.logs import event
 from miss.engine.serving.problems import Refused
-from miss.engine.serving.settings import Settings
+from miss.engine.serving.settings import ENCODED, Settings
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # between an engine that never got ready and the next try
 LOOKS_EACH = 1.0
@@ -132,6 +132,7 @@ class Supervisor:
             "max_prefill_questions": s.max_batch_size,
             "max_waiting": 2 * s.max_waiting,  # the server's own bound comes first
             "max_waiting_pixels": 2 * s.max_waiting_pixels,
+            "cache_bytes": ENCODED * s.cache_bytes,
         }
         given = {
             **{"checkpoint": s.checkpoint, "precision": s.precision, "device": s.device, "threads": s.threads},

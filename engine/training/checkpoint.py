@@ -176,19 +176,20 @@ def verify(path: Path) -> None:
         manifest = json.loads(raw)
         files = manifest["files"]
         whole = raw == _manifest_bytes(files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        stated = {name: (one["size"], one["sha256"]) for name, one in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointCorrupt(f"{path.name}: its {MANIFEST} is missing or damaged") from None
     if not whole:
         raise CheckpointCorrupt(f"{path.name}: its {MANIFEST} was altered")
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {MANIFEST}
-    if present != set(files):
-        different = ", ".join(sorted(present ^ set(files))[:3])
+    if present != set(stated):
+        different = ", ".join(sorted(present ^ set(stated))[:3])
         raise CheckpointCorrupt(f"{path.name}: missing or unexpected files: {different}")
-    for name, expected in files.items():
+    for name, (wanted, digest) in stated.items():
         size = (path / name).stat().st_size
-        if size != expected["size"]:
-            raise CheckpointCorrupt(f"{path.name}: {name} has {size} bytes; its manifest says {expected['size']}")
-        if sha256(path / name) != expected["sha256"]:
+        if size != wanted:
+            raise CheckpointCorrupt(f"{path.name}: {name} has {size} bytes; its manifest says {wanted}")
+        if sha256(path / name) != digest:
             raise CheckpointCorrupt(f"{path.name}: {name} was altered (its SHA-256 differs from the manifest's)")
 
 

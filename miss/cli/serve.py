@@ -48,10 +48,14 @@ class Args:
     """Seconds for a request's headers."""
     body_timeout: float = 30.0
     """Seconds for a request's body."""
+    write_timeout: float = 30.0
+    """Seconds for a client to read what was written to it."""
     drain_timeout: float = 30.0
     """Seconds that accepted requests are given after SIGTERM."""
     max_body_mib: float = 32.0
     """The largest body, and the largest image, in MiB."""
+    cache_mib: float = 512.0
+    """Of encoded images that the engine keeps, in MiB; the front keeps decoded ones in an eighth of it."""
     decoders: int = 2
     """Processes that decode images."""
     decode_timeout: float = 10.0
@@ -64,11 +68,19 @@ def main(args: Args) -> int:
     from miss import __version__
     from miss.engine.data.errors import ImageLimits
     from miss.engine.serving.server import check_exposure, serve
-    from miss.engine.serving.settings import MIB, Settings
+    from miss.engine.serving.settings import ENCODED, MIB, Settings
 
     names = (
         *("checkpoint", "precision", "device", "host", "port", "threads", "max_batch_size", "max_waiting", "timeout"),
-        *("header_timeout", "body_timeout", "drain_timeout", "decoders", "decode_timeout", "audit_log"),
+        *(
+            "header_timeout",
+            "body_timeout",
+            "write_timeout",
+            "drain_timeout",
+            "decoders",
+            "decode_timeout",
+            "audit_log",
+        ),
     )
     max_body = int(args.max_body_mib * MIB)
     settings = Settings(
@@ -76,6 +88,7 @@ def main(args: Args) -> int:
         api_key=args.api_key or os.environ.get("MISS_API_KEY") or None,
         max_wait=args.max_wait_ms / 1000,
         max_body=max_body,
+        cache_bytes=int(args.cache_mib * MIB / ENCODED),
         image_limits=ImageLimits(max_bytes=max(1, max_body)),
     )
     check_exposure(settings, args.insecure)

@@ -43,7 +43,39 @@ def chat(model, question, image, **more):
     return {"model": model, "messages": [{"role": "user", "content": parts}], **more}
 
 
-class Running:
+class Counted:
+    """A server that is there: `url`, `address`, `client`. Its counters, and connections to it."""
+
+    def ready(self):
+        return httpx.get(self.url + "/ready").status_code == 200
+
+    def metrics(self):
+        lines = [line for line in self.client.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    def law(self, in_flight=0):
+        """The counters' law, with so many under way; gives the counts back."""
+        found = self.metrics()
+        ended = {key: value for key, value in found.items() if key.startswith("miss:requests_ended_total")}
+        assert len(ended) == 4
+        assert found["miss:requests_in_flight"] == in_flight
+        assert found["miss:requests_received_total"] == sum(ended.values()) + in_flight
+        return found
+
+    def idle(self):
+        """Whether nothing is under way in the server or the engine."""
+        found = self.metrics()
+        gauges = [v for k, v in found.items() if k.startswith(("miss:num_requests", "miss:answer_slots"))]
+        return found["miss:requests_in_flight"] == 0 and not any(gauges)
+
+    def raw(self, data=b"", seconds=30):
+        """A connection on which `data` was sent."""
+        connection = socket.create_connection(self.address, timeout=seconds)
+        connection.sendall(data)
+        return connection
+
+
+class Running(Counted):
     """A started server. `url`, `client`, `service`; `close` drains it."""
 
     def __init__(self, checkpoint: Path, **settings):
@@ -60,9 +92,6 @@ class Running:
         self.client = httpx.Client(base_url=self.url, timeout=30, headers=self.headers)
         wait(self.ready, 60, "the server's being ready")
 
-    def ready(self):
-        return httpx.get(self.url + "/ready").status_code == 200
-
     def vqa(self, image, *questions, **fields):
         body = {"image": data_url(image), "questions": list(questions), **fields}
         return self.client.post("/v1/vqa", json=body)
@@ -70,31 +99,11 @@ class Running:
     def chat(self, question, image, **more):
         return self.client.post("/v1/chat/completions", json=chat("tiny", question, image, **more))
 
-    def metrics(self):
-        lines = [line for line in self.client.get("/metrics").text.splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
-
-    def law(self, in_flight=0):
-        """The counters' law, with so many under way; gives the counts back."""
-        found = self.metrics()
-        ended = {key: value for key, value in found.items() if key.startswith("miss:requests_ended_total")}
-        assert len(ended) == 4
-        assert found["miss:requests_in_flight"] == in_flight
-        assert found["miss:requests_received_total"] == sum(ended.values()) + in_flight
-        return found
-
     def idle(self):
         """Whether nothing is under way anywhere: in the server, its bounds or the engine."""
-        found, admission = self.metrics(), self.service.admission
-        gauges = [v for k, v in found.items() if k.startswith(("miss:num_requests", "miss:answer_slots"))]
+        admission = self.service.admission
         held = admission.questions.held + admission.pixels.held + admission.bodies.held
-        return found["miss:requests_in_flight"] == 0 and not any(gauges) and held == 0
-
-    def raw(self, data=b"", seconds=30):
-        """A connection on which `data` was sent."""
-        connection = socket.create_connection(self.address, timeout=seconds)
-        connection.sendall(data)
-        return connection
+        return held == 0 and super().idle()
 
     def close(self):
         self.client.close()

@@ -1,7 +1,6 @@
 """Bodies that lie, clients that trickle, images that are none: a refusal each in bounded time, and nothing leaks."""
 
 import contextlib
-import json
 import threading
 import time
 
@@ -18,32 +17,6 @@ HEAD = f"POST /v1/vqa HTTP/1.1\r\nHost: localhost\r\n{KEY}Content-Type: applicat
 def status(answer):
     assert answer.startswith(b"HTTP/1.1 "), answer[:200]
     return int(answer[9:12])
-
-
-def throw(server, images):
-    """Asks about each; gives the slowest one's seconds and how often each word came."""
-    slowest, words = 0.0, {}
-    for name, data in images:
-        start = time.monotonic()
-        files = {"image": (f"canary-{name}", data)}
-        response = server.client.post("/v1/vqa", files=files, data={"question": "is there a mass canary"})
-        slowest = max(slowest, time.monotonic() - start)
-        assert response.status_code in (200, 422), (name, response.text)
-        word = "answered"
-        if response.status_code == 422:
-            checked(response, 422)
-            assert "canary" not in response.text, name
-            word = response.json()["error"]["code"]
-        words[word] = words.get(word, 0) + 1
-    return slowest, words
-
-
-def test_malformed_images_are_refused_and_whole_ones_answered(server):
-    some = [entry for number, entry in enumerate(corpus(8, 4)) if number % 6 == 0 or "-" not in entry[0]]
-    assert len(some) > 50
-    slowest, words = throw(server, some)
-    assert slowest < 3 and {"answered", "image_truncated", "image_not_an_image"} <= set(words), (slowest, words)
-    server.law()
 
 
 def test_declared_sizes_are_refused_before_they_are_decoded(server, tight):
@@ -175,16 +148,5 @@ def test_a_request_s_time_runs_out(server):
     checked(server.client.post("/v1/vqa", json={**body, "timeout": 0.0001}), 504, "deadline")
     for wrong in ("soon", "-1", "nan", "0"):
         checked(server.client.post("/v1/vqa", json=body, headers={"x-request-timeout": wrong}), 400, "bad_timeout")
-    wait(server.idle)
-    server.law()
-
-
-@pytest.mark.soak
-def test_a_large_corpus_of_malformed_images(server):
-    images = list(corpus())
-    assert len(images) >= 2000
-    slowest, words = throw(server, images)
-    print(json.dumps({"images": len(images), "slowest_seconds": round(slowest, 3), "words": words}))
-    assert slowest < 1.5
     wait(server.idle)
     server.law()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -12,12 +13,18 @@ import httpx
 import psutil
 import pytest
 
-from tests.engine.serving.harness import chat, checked, data_url, png, read_all, wait
+from tests.engine.serving.harness import chat, checked, data_url, png, wait
 
 QUESTIONS = ("is there a mass?", "which organ", "ct", "left lung?")
 
 
-def test_a_killed_engine_ends_its_requests_and_comes_back(server):
+def test_an_engine_killed_thrice_ends_its_requests_and_comes_back(server):
+    for _ in range(3):
+        assert killed_engine(server) < 10
+
+
+def killed_engine(server):
+    """Kills it while four ask -> seconds until it is ready again; every request has ended."""
     truth = server.vqa(png(1), *QUESTIONS).json()["answers"]
     restarts = server.metrics()["miss:engine_restarts_total"]
     first, results, lock = server.service.supervisor.process.pid, [], threading.Lock()
@@ -46,7 +53,7 @@ def test_a_killed_engine_ends_its_requests_and_comes_back(server):
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive(), "a request hangs"
-    assert took < 10 and server.service.supervisor.process.pid != first
+    assert server.service.supervisor.process.pid != first
     assert {r.status_code for r in results} == {200, 503}
     for response in results:
         if response.status_code == 503:
@@ -54,6 +61,7 @@ def test_a_killed_engine_ends_its_requests_and_comes_back(server):
     assert [a["answer"] for a in server.vqa(png(1), *QUESTIONS).json()["answers"]] == [a["answer"] for a in truth]
     wait(server.idle)
     assert server.law()["miss:engine_restarts_total"] == restarts + 1
+    return took
 
 
 def test_an_engine_that_stands_still_is_started_anew(folder):
@@ -74,12 +82,17 @@ def test_an_engine_that_stands_still_is_started_anew(folder):
 
 
 def test_killed_decoders_cost_nobody_an_answer(server):
-    for seed in range(6):
+    killed_decoders(server, 6)
+
+
+def killed_decoders(server, count):
+    before = server.metrics().get('miss:image_workers_ended_total{reason="died"}', 0)
+    for seed in range(count):
         for number in server.service.images.processes:
             with contextlib.suppress(ProcessLookupError):  # the last one's successor is not there yet
                 os.kill(number, signal.SIGKILL)
         assert server.vqa(png(100 + seed), "ct").status_code == 200
-    assert server.metrics()['miss:image_workers_ended_total{reason="died"}'] >= 6
+    assert server.metrics()['miss:image_workers_ended_total{reason="died"}'] - before >= count
     wait(server.idle)
     server.law()
 
@@ -102,8 +115,9 @@ def vanish(server, number, count):
     request = httpx.Request("POST", server.url + path, json=body)
     data = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
     data += f"Content-Length: {len(request.content)}\r\n\r\n".encode() + request.content
-    connection = server.raw(data[: len(data) if number % 4 else len(data) // 2])
-    time.sleep(0.05 * (number % 7) / 7)
+    chance = random.Random(number)
+    connection = server.raw(data[: len(data) if chance.random() < 0.75 else chance.randrange(len(data))])
+    time.sleep(chance.uniform(0, 0.08))
     connection.close()
 
 
@@ -128,70 +142,18 @@ def vanishing(server, count):
     assert server.vqa(image, "ct").status_code == 200
 
 
-def test_clients_that_vanish_leave_nothing_behind(server):
-    vanishing(server, 60)
-
-
-def crowd(server, count):
-    """So many connections at once, each with an image of its own kind and its own request id."""
-    images = [png(seed) for seed in range(8)]
-    truth = [server.vqa(image, "which organ").json()["answers"][0]["answer"] for image in images]
-    statuses, wrong, lock = [], [], threading.Lock()
-    connections = []
-    for number in range(count):
-        request = httpx.Request(
-            "POST", server.url, json={"image": data_url(images[number % 8]), "question": "which organ"}
-        )
-        data = f"POST /v1/vqa HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: n-{number}\r\nConnection: close\r\n"
-        data += f"Content-Type: application/json\r\nContent-Length: {len(request.content)}\r\n\r\n"
-        connections.append(server.raw(data.encode() + request.content, 120))
-
-    def read(number):
-        answer = read_answer(connections[number])
-        with lock:
-            statuses.append(answer[0])
-            if answer[1] != f"n-{number}" or (answer[0] == 200 and answer[2] != truth[number % 8]):
-                wrong.append(number)
-
-    with ThreadPoolExecutor(32) as pool:
-        list(pool.map(read, range(count)))
-    assert len(statuses) == count and set(statuses) <= {200, 429}, set(statuses)
-    assert not wrong, "an answer came to another's connection"
-    return statuses.count(200)
-
-
-def read_answer(connection):
-    head, _, body = read_all(connection).partition(b"\r\n\r\n")
-    lines = head.decode().split("\r\n")
-    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
-    status = int(lines[0].split()[1])
-    answer = json.loads(body)["answers"][0]["answer"] if status == 200 else None
-    return status, headers["x-request-id"], answer
-
-
-def test_three_hundred_connections_at_once(server):
-    memory = psutil.Process().memory_info().rss
-    assert crowd(server, 300) == 300
-    assert psutil.Process().memory_info().rss - memory < 200 << 20
-    start = time.monotonic()
-    assert server.vqa(png(1), "ct").status_code == 200 and time.monotonic() - start < 5
-    wait(server.idle)
-    server.law()
-
-
-@pytest.mark.soak
-def test_two_thousand_connections_at_once(server):
-    print("answered", crowd(server, 2000))
-    wait(server.idle)
-    server.law()
-
-
-@pytest.mark.soak
-def test_two_hundred_clients_that_vanish(server):
+def test_two_hundred_clients_that_vanish_leave_nothing_behind(server):
     vanishing(server, 200)
 
 
 @pytest.mark.soak
-def test_an_engine_killed_twenty_times(server):
-    for _ in range(20):
-        test_a_killed_engine_ends_its_requests_and_comes_back(server)
+def test_two_thousand_clients_that_vanish(server):
+    for _ in range(10):
+        vanishing(server, 200)
+
+
+@pytest.mark.soak
+def test_engine_and_decoders_killed_twenty_times(server):
+    took = [killed_engine(server) for _ in range(20)]
+    killed_decoders(server, 20)
+    print(json.dumps({"ready_again_seconds": {"slowest": round(max(took), 2), "mean": round(sum(took) / 20, 2)}}))
