@@ -120,7 +120,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         busy = Busy(lambda: 0.0)
         result = {
             "benchmark": "serve",
-            "checkpoint": options.checkpoint,
+            "checkpoint": checkpoint.name,
             "limit": options.limit,
             "servers": {k.name: {"precision": k.precision, "flags": k.flags, "ours": k.ours} for k in kinds},
             "failed": failed,

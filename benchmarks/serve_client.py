@@ -2,12 +2,13 @@
 
     python -m miss.benchmarks.serve_client PICTURES.json
 
-Knows HTTP and images' bytes; does not know which server it speaks to, or what is made of the times. It imports no torch.
-Everything that is sent is made before the clock starts. Requests (a JSON line on standard input) and their replies:
+Knows HTTP and images' bytes; does not know which server it speaks to, or what is made of the times. Imports no torch.
+Everything that is sent is made before the clock starts. Requests (JSON lines on standard input) and their replies:
   {"do": "open", "target": {…}, "cell": {…}, "due": [seconds…], "patience": seconds}      {"visits": [{…}…]}
   {"do": "closed", "target": {…}, "cell": {…}, "count": visits, "at_once": number}        {"visits": [{…}…]}
-target: url, path, fields (of every request), together (all questions in one request). cell: questions (of a visit), images (how many different ones
-come round, 0: none comes twice), first (the number of the first visit, so that no image of another load is sent again).
+target: url, path, fields (of every request), together (all questions in one request).
+cell: questions (of a visit), images (how many different ones come round, 0: none comes twice), first (the number of
+the first visit, so that no image of another load is sent again).
 """
 
 import asyncio

@@ -2,8 +2,8 @@
 
 Knows times and rates; does not know servers, sockets or what was asked.
 
-A visit is one user's call: an image with its questions, in one request or several. Its latency runs from the moment that
-it was due, not from when the client got round to sending it; one that was given up counts with the time it was given.
+A visit is one user's call: an image with its questions, in one request or several. Its latency runs from the moment
+that it was due, not from when the client got round to sending it; one given up counts with the time it was given.
 """
 
 import random

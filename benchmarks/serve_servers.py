@@ -1,7 +1,7 @@
 """Servers under load as processes: ours and the peers', started, waited for, stopped in between and ended; the client.
 
-Knows commands, ports and signals; does not know what is asked, or what is made of the times. A server that has no turn is
-stopped (SIGSTOP), so that its waiting costs the others nothing.
+Knows commands, ports and signals; does not know what is asked, or what is made of the times. A server that has no turn
+is stopped (SIGSTOP), so that its waiting costs the others nothing.
 """
 
 import contextlib

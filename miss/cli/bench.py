@@ -376,7 +376,7 @@ class ServeArgs:
     threads: int = 0
     """Of every server. 0: as PyTorch decides."""
     tune: bool = False
-    """First try a few settings of each peer (thread pool; batch size and wait, workers, transport), and take the best."""
+    """First try a few settings of each peer (pool; batch size and wait, workers, transport), and take the best."""
     quick: bool = False
     """Whether it runs at all: one round, short turns and rates; says nothing about speed."""
     data: Path | None = None
@@ -399,7 +399,7 @@ def serve(args: ServeArgs) -> int:
 
     if min(args.limit, args.turn, args.seconds) <= 0 or args.rounds < 1 or args.threads < 0 or not args.precision:
         raise ValueError(
-            "--limit, --turn, --seconds: wanted above 0; --rounds at least 1; --threads 0 or more; --precision at least one"
+            "--limit, --turn, --seconds: wanted above 0; --rounds at least 1; --threads 0 or more; one --precision"
         )
     work = (args.work or answer_models.default_work()).resolve()
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
