@@ -3,6 +3,7 @@
     miss bench kernels                    all operations at the shapes of base, on CPU
     miss bench kernels --op attention --dtype bfloat16 --shapes small --out runs/bench
     miss bench answer --preset base --peers headline --out benchmarks/results
+    miss bench serve --out runs/serve     our server under load, and peers' servers of the same model
     miss bench pretrain --pairs 16        our pretraining step against the original's, in turn
     miss bench compare before.jsonl after.jsonl --limit 10
     miss bench merge DIR                  what benchmarks/gpu_suite.sh wrote on a GPU, into this repository
@@ -354,7 +355,69 @@ def _differs(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {a} before, {b} after" for name, (a, b) in pairs.items() if a != b)
 
 
+@dataclass
+class ServeArgs:
+    """Put our server, and peers' servers of the same model, under load: closed loop, Poisson arrivals, saturation."""
+
+    checkpoint: str = "miss-small"
+    """A checkpoint folder, or the name of one that ships with the project."""
+    precision: tuple[str, ...] = ("auto", "fp32")
+    """Of ours; the first is swept over rates and caches, each is held against the peers."""
+    peers: tuple[str, ...] = ("hf-fastapi", "litserve")
+    """hf-fastapi, litserve, or none; what is not installed is said and left out."""
+    limit: float = 2.0
+    """Seconds from the scheduled arrival within which a visit's answers are good."""
+    rounds: int = 4
+    """Of the closed loop, in each of which every server has its turn."""
+    turn: float = 2.0
+    """Seconds of such a turn, about."""
+    seconds: float = 6.0
+    """Of arrivals at each rate."""
+    threads: int = 0
+    """Of every server. 0: as PyTorch decides."""
+    tune: bool = False
+    """First try a few settings of each peer (pool; batch size and wait, workers, transport), and take the best."""
+    quick: bool = False
+    """Whether it runs at all: one round, short turns and rates; says nothing about speed."""
+    data: Path | None = None
+    """Folder of the data sets, for SLAKE's images and questions; default $MISS_DATA, then ../shared/data."""
+    work: Path | None = None
+    """Folder of what peers were converted to; default miss-engine/peers in the user's cache."""
+    out: Path = Path("benchmarks/results")
+    """For serve.json, serve.md and plots."""
+    plots: bool = True
+    """Draw them (needs matplotlib)."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def serve(args: ServeArgs) -> int:
+    if args.plots:
+        import matplotlib  # noqa: F401  (said before the measuring, not after)
+
+    from miss.benchmarks import answer_models, bench_serve, serve_report
+
+    if min(args.limit, args.turn, args.seconds) <= 0 or args.rounds < 1 or args.threads < 0 or not args.precision:
+        raise ValueError(
+            "--limit, --turn, --seconds: wanted above 0; --rounds at least 1; --threads 0 or more; one --precision"
+        )
+    work = (args.work or answer_models.default_work()).resolve()
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    peers = tuple(name for name in args.peers if name != "none")
+    lengths = (1, 0.2, 0.5, 4, 4) if args.quick else (args.rounds, args.turn, args.seconds, 30, 40)
+    options = bench_serve.Options(
+        args.checkpoint, args.precision, peers, args.limit, *lengths, args.threads, args.tune, args.data, work
+    )
+    result = bench_serve.run(options, say) | {"quick": args.quick}
+    serve_report.write(args.out, result, args.plots)
+    if not args.json:
+        print(serve_report.table(result))
+    print(json.dumps(result))
+    return 0
+
+
 COMMANDS = {
+    "serve": (ServeArgs, serve),
     "kernels": (KernelArgs, kernels),
     "answer": (AnswerArgs, answer),
     "pretrain": (PretrainArgs, pretrain),
