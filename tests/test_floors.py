@@ -43,6 +43,7 @@ DOORS = {  # a foreign package, and the only files that may import it
     "fastapi": ["engine/serving/*.py"],
     "starlette": ["engine/serving/*.py"],
     "uvicorn": ["engine/serving/*.py"],
+    "ray": ["engine/serving/ray_*.py"],
     "h11": ["engine/serving/*.py"],
     "pydantic": ["engine/serving/*.py"],
     "prometheus_client": ["engine/serving/*.py"],

@@ -22,6 +22,7 @@ from miss.engine.serving.problems import OF_IMAGES, Refused
 from miss.engine.serving.settings import Settings
 
 Window = tuple[float, float]
+KEYS = frozenset({"MISS_API_KEY", "RAY_AUTH_TOKEN"})
 
 
 def from_data_url(url: str) -> bytes:
@@ -101,7 +102,7 @@ class Worker:
 
 def environment() -> dict[str, str]:
     """For a child: it imports from where this process does, its number pools are of one thread, and it has no key."""
-    own = {name: value for name, value in os.environ.items() if name != "MISS_API_KEY"}
+    own = {name: value for name, value in os.environ.items() if name not in KEYS}
     return {**own, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
 
 

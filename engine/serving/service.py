@@ -5,10 +5,12 @@ Knows the order of a request's life after its body is read; does not know routes
 
 import asyncio
 import hashlib
+import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miss.engine.serving.admission import Admission
 from miss.engine.serving.auth import Auth, is_loopback
@@ -19,6 +21,9 @@ from miss.engine.serving.metrics import Metrics
 from miss.engine.serving.problems import Refused
 from miss.engine.serving.settings import Settings
 from miss.engine.serving.supervisor import Item, Supervisor
+
+if TYPE_CHECKING:
+    from miss.engine.serving.ray_app import RayEngine
 
 SLACK = 0.25  # the engine's own deadline comes first, and frees its slots
 
@@ -32,7 +37,7 @@ class Service:
         self.admission = Admission(settings.max_waiting, settings.max_waiting_pixels, settings.max_body_memory)
         self.auth = Auth(settings.api_key, is_loopback(settings.host))
         self.audit = Audit(settings.audit_log)
-        self.supervisor = Supervisor(settings, self.metrics.restarts.inc)
+        self.supervisor = _engine(settings, self.metrics.restarts.inc)
         self.images: ImagePool | None = None
         self.weights = ""
         self.exchanges: set[int] = set()
@@ -162,6 +167,25 @@ class Service:
                 **{"weights": self.weights, "processor": self.about["fingerprint"], "image": mark},
                 **{"outcome": outcome, "scores": scores, "seconds": round(time.monotonic() - exchange.arrived, 4)},
             )
+
+
+def _engine(settings: Settings, on_restart: Callable[[], None]) -> "Supervisor | RayEngine":
+    """One engine, or replicas on Ray, which reads its environment when it is imported: no telemetry, and where it is
+    started here no address but loopback, and a token of this run's own that stands in no file."""
+    if not settings.ray_replicas:
+        return Supervisor(settings, on_restart)
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+    if settings.ray_address is None:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's one way to say: the node's address is 127.0.0.1
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        from miss.engine.serving.ray_app import RayEngine
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise ValueError('--ray: Ray Serve is not installed; wanted: pip install "miss-engine[ray]"') from None
+    return RayEngine(settings, on_restart)
 
 
 def _hash_weights(checkpoint: str) -> str:
