@@ -8,6 +8,7 @@ import base64
 import binascii
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections import OrderedDict
@@ -15,13 +16,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from miss.engine.data.decoding import HEADER, ONE_THREAD, PIXELS
+from miss.engine.data.decoding import HEADER, MISTAKE, ONE_THREAD, PIXELS
 from miss.engine.data.errors import Reason
 from miss.engine.serving.logs import event
 from miss.engine.serving.problems import OF_IMAGES, Refused
 from miss.engine.serving.settings import Settings
 
 Window = tuple[float, float]
+BURNED_IN = "the file says that text is burned into its pixels, which may name a patient"
 KEYS = frozenset({"MISS_API_KEY", "RAY_AUTH_TOKEN"})
 
 
@@ -146,6 +148,21 @@ class ImagePool:
         Raises:
             Refused: with one of the words of images.
         """
+        return (await self.noted(data, frame, window))[0]
+
+    async def noted(
+        self, data: bytes, frame: int | None = None, window: Window | None = None
+    ) -> tuple[bytes, list[str]]:
+        """Pixels, and warnings about what the file says of itself.
+
+        Raises:
+            Refused: as `decode`.
+        """
+        answer = await self._answer(data, frame, window)
+        num_bytes = 3 * self.preprocess["image_size"] ** 2
+        return answer[:num_bytes], [BURNED_IN] if len(answer) > num_bytes else []
+
+    async def _answer(self, data: bytes, frame: int | None, window: Window | None) -> bytes:
         key = hashlib.sha256(repr((frame, window)).encode() + b"\n" + data).digest()
         self.queries += 1
         if key in self._kept:
@@ -185,6 +202,9 @@ class ImagePool:
         if kind == PIXELS:
             self._keep(key, answer)
             return answer
+        if kind == MISTAKE:
+            event("image_worker_failed", logging.ERROR, **json.loads(answer))
+            raise Refused("internal")
         word = answer.decode()
         raise Refused(OF_IMAGES[Reason(word)] if word in set(Reason) else word, "image_url")
 

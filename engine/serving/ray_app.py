@@ -3,8 +3,9 @@
 Knows Ray: where replicas run, which one a question goes to and how Ray says that one is gone; does not know HTTP, files
 of images or what an engine does inside.
 
-Where a replica ends, Ray starts another one, and sends what comes meanwhile to the others. All questions about an image go to one replica, by consistent hashing of its
-pixels, so that the image is encoded once; to its neighbour on the ring where that one is full or gone.
+Where a replica ends, Ray starts another one, and sends what comes meanwhile to the others. All questions about an image
+go to one replica, by consistent hashing of its pixels, so that it is encoded once; to that one's neighbour on the ring
+where it is full or gone.
 """
 
 import asyncio
@@ -70,7 +71,7 @@ class RayEngine:
         s = self.settings
         os.environ.pop("MISS_API_KEY", None)  # not for Ray's processes
         threads = s.threads or max(1, (os.cpu_count() or 1) // s.ray_replicas)
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        _hush()
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if s.ray_address is None:
             spill = {"automatic_object_spilling_enabled": False}  # pixels are never written to a disk
@@ -81,7 +82,7 @@ class RayEngine:
         else:
             ray.init(s.ray_address, **quiet)
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
-        logging.getLogger("ray.serve").handlers.clear()  # of this process: its warnings become our lines
+        _hush()
         folder = Path(s.checkpoint)
         checkpoint = str(folder.resolve()) if folder.is_dir() else s.checkpoint
         given = {**{name: getattr(s, name) for name in ENGINES}, "checkpoint": checkpoint, "threads": threads}
@@ -104,7 +105,8 @@ class RayEngine:
         try:
             return serve.run(deployment.bind(given, s.ray_address is None), name=name, route_prefix=None)
         except RuntimeError as error:
-            said = re.findall(r"CannotStart: (.+)", str(error))
+            told = [str(error), *(one.message for one in serve.status().applications[name].deployments.values())]
+            said = re.findall(r"CannotStart: (.+)", "\n".join(told))
             raise CannotStart(said[-1] if said else "no replica got ready; Ray's logs say why") from None
 
     async def _look(self) -> list[dict[str, Any]]:
@@ -161,9 +163,10 @@ class RayEngine:
         except RayError as error:
             logging.getLogger(LOGGER).exception("question_failed")
             raise Refused("fault") from error
-        finally:
-            if "answers" not in told and "refused" not in told:
+        except asyncio.CancelledError:  # nobody waits for it any more
+            with contextlib.suppress(RayError, RayServeException):
                 response.cancel()
+            raise
         if "answers" not in told:
             raise Refused(told.get("refused", "restarted"))
         return list(told["answers"])
@@ -181,3 +184,12 @@ class RayEngine:
         if self._watching is not None:
             self._watching.cancel()
         await asyncio.to_thread(ray.shutdown)
+
+
+def _hush() -> None:
+    """Of what Ray says in this process only errors are written, and as our lines."""
+    for name in ("ray", "ray.serve"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.ERROR)
+        logger.propagate = True

@@ -150,12 +150,13 @@ class Service:
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + SLACK):
                 exchange.stage, start = "image", time.monotonic()
-                pixels = await self.images.decode(image, *view)
+                pixels, notes = await self.images.noted(image, *view)
                 self.metrics.took("image_decode_seconds", time.monotonic() - start)
                 exchange.stage, left = "engine", deadline - time.monotonic()
                 if left <= 0:
                     raise Refused("deadline")
-                return await self.supervisor.ask(pixels, items, left, on_text)
+                answers = await self.supervisor.ask(pixels, items, left, on_text)
+                return [{**answer, "warnings": [*answer["warnings"], *notes]} for answer in answers]
         except TimeoutError:
             raise Refused("deadline") from None
 

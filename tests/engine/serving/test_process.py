@@ -105,7 +105,7 @@ def test_a_killed_engine_is_replaced_within_ten_seconds(served):
     assert time.monotonic() - start < 10 and served.engine.pid != first
 
 
-def dicom_with(text):
+def dicom_with(text, burned_in=None):
     pydicom = pytest.importorskip("pydicom")
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
@@ -120,6 +120,8 @@ def dicom_with(text):
     found.SamplesPerPixel, found.PhotometricInterpretation = 1, "MONOCHROME2"
     found.BitsAllocated = found.BitsStored = 8
     found.HighBit, found.PixelRepresentation, found.PixelData = 7, 0, bytes(range(256))
+    if burned_in is not None:
+        found.BurnedInAnnotation = burned_in
     file = io.BytesIO()
     pydicom.dcmwrite(file, found, enforce_file_format=True)
     return file.getvalue()
