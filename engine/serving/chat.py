@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from miss.engine.serving.asking import parameters, question_of
 from miss.engine.serving.bodies import read_json
 from miss.engine.serving.gate import INTENDED_USE, Exchange
-from miss.engine.serving.images import Window, from_data_url
+from miss.engine.serving.images import Window
 from miss.engine.serving.problems import Refused
 from miss.engine.serving.protocol import ChatRequest
 from miss.engine.serving.service import Service
@@ -39,8 +39,8 @@ async def chat(request: Request, service: Service) -> Response:
     if asked.model != service.model:
         raise Refused("model_not_found", "model")
     question, url, warnings = question_of(asked)
-    image = from_data_url(url)
     deadline = service.deadline(exchange, request.headers.get("x-request-timeout"), asked.timeout)
+    image = await service.image_at(url, exchange, deadline)
     item = Item(question, _parameters(asked, service))
     window = None if asked.window is None else (asked.window[0], asked.window[1])
     told = Chat(asked, service, exchange, warnings)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from miss.engine.serving.admission import Admission
 from miss.engine.serving.auth import Auth, is_loopback
 from miss.engine.serving.gate import Exchange
-from miss.engine.serving.images import ImagePool, Window
+from miss.engine.serving.images import ImagePool, Window, from_data_url
 from miss.engine.serving.logs import Audit, event
 from miss.engine.serving.metrics import Metrics
 from miss.engine.serving.problems import Refused
+from miss.engine.serving.remote import Fetcher
 from miss.engine.serving.settings import Settings
 from miss.engine.serving.supervisor import Item, Supervisor
 
@@ -39,6 +40,8 @@ class Service:
         self.audit = Audit(settings.audit_log)
         self.supervisor = _engine(settings, self.metrics.restarts.inc)
         self.images: ImagePool | None = None
+        hosts, most = settings.image_hosts, settings.image_limits.max_bytes
+        self.fetcher = Fetcher(hosts, most, settings.fetch_timeout) if hosts else None
         self.weights = ""
         self.exchanges: set[int] = set()
 
@@ -104,6 +107,24 @@ class Service:
                 raise Refused("bad_timeout", "X-Request-Timeout")
             least = min(least, given)
         return exchange.arrived + min(least, asked if asked is not None else least)
+
+    async def image_at(self, url: str, exchange: Exchange, deadline: float) -> bytes:
+        """The bytes of a data: URL, or of another one where its host is allowed.
+
+        Raises:
+            Refused: there are none.
+        """
+        if self.fetcher is None or url[:6].lower() != "https:":
+            return from_data_url(url)
+        if not self.supervisor.ready:
+            raise Refused("not_ready")
+        assert exchange.held is not None
+        exchange.stage = "image"
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                return await self.fetcher.fetch(url, exchange.held.more)
+        except TimeoutError:
+            raise Refused("deadline") from None
 
     async def answer(
         self,

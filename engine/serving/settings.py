@@ -25,6 +25,7 @@ class Settings:
     timeout: of a request, from its first byte to its answer; a request may ask for less.
     drain_timeout: what accepted requests are given after SIGTERM.
     hang_timeout: of an engine that has work and makes no progress, before it is started anew.
+    image_hosts, fetch_timeout: whose https URLs are fetched as images, and how long one may take; none without.
     ray_replicas: engines on Ray Serve; 0: one engine, without Ray. ray_address: a cluster's; None starts Ray here.
     """
 
@@ -55,6 +56,8 @@ class Settings:
     timeout: float = 60.0
     drain_timeout: float = 30.0
     hang_timeout: float = 120.0
+    image_hosts: tuple[str, ...] = ()
+    fetch_timeout: float = 10.0
     audit_log: Path | None = None
     ray_replicas: int = 0
     ray_address: str | None = None

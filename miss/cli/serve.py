@@ -56,6 +56,9 @@ class Args:
     """Processes that decode images."""
     decode_timeout: float = 10.0
     """Seconds for one image."""
+    allow_image_urls: tuple[str, ...] = ()
+    """Hosts (name or name:port) whose https:// URLs are fetched as images; without, none is. docs/operations.md has the
+    rules."""
     ray: bool = False
     """Replicas of the engine on Ray Serve (docs/ray.md); wants the extra `ray`."""
     replicas: int = 2
@@ -85,6 +88,7 @@ def main(args: Args) -> int:
         api_key=args.api_key or os.environ.get("MISS_API_KEY") or None,
         max_wait=args.max_wait_ms / 1000,
         max_body=max_body,
+        image_hosts=args.allow_image_urls,
         ray_replicas=args.replicas if args.ray else 0,
         ray_address=args.ray_address,
         image_limits=ImageLimits(max_bytes=max(1, max_body)),
