@@ -57,6 +57,12 @@ def _parameters(asked: ChatRequest, service: Service) -> dict[str, Any]:
     beams = asked.num_beams or service.about["num_beams"]
     if number > 1 and 1 < beams < number:
         raise Refused("bad_request", "n", "With beams there are at most as many choices as beams.")
+    if asked.top_logprobs:
+        if not asked.logprobs:
+            raise Refused("bad_request", "top_logprobs", "They come with `logprobs` true.")
+        if beams > 1 or any(params.get(name) for name in ("candidates", "constrain", "temperature")):
+            raise Refused("unsupported", "top_logprobs", "They are offered for greedy answers (num_beams 1).")
+        params["top_logprobs"] = asked.top_logprobs
     return params
 
 
@@ -103,8 +109,11 @@ class Chat:
         """By WordPiece, as the model's vocabulary writes it. None where only their sum is known (a list of answers)."""
         if not self.asked.logprobs or choice["token_logprobs"] is None:
             return None
-        pairs = zip(choice["tokens"], choice["token_logprobs"], strict=True)
-        content = [{"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p in pairs]
+        tops = choice["top_logprobs"] or [[] for _ in choice["tokens"]]
+        content = [
+            {**_token(text, logprob), "top_logprobs": [_token(*one) for one in top]}
+            for text, logprob, top in zip(choice["tokens"], choice["token_logprobs"], tops, strict=True)
+        ]
         return {"content": content, "refusal": None}
 
     async def streamed(
@@ -162,6 +171,10 @@ class Chat:
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return _line({**self.head, "object": "chat.completion.chunk", "choices": [choice]})
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def _reason(choice: Answer) -> str:

@@ -23,7 +23,6 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError
-from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -89,7 +88,7 @@ class RayEngine:
         name = "miss-" + hashlib.sha256(repr((sorted(given.items()), s.ray_replicas)).encode()).hexdigest()[:12]
         if name in serve.status().applications:  # another front's: the same model in the same way
             return serve.get_app_handle(name)
-        deployment = serve.deployment(
+        deployment: Any = serve.deployment(
             Replica,
             num_replicas=s.ray_replicas,
             ray_actor_options={"num_cpus": threads, "num_gpus": int(s.device == "cuda")},
@@ -99,7 +98,7 @@ class RayEngine:
             health_check_timeout_s=30.0,
             graceful_shutdown_timeout_s=s.drain_timeout,
             max_constructor_retry_count=1,
-            request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+            request_router_config={"request_router_class": ROUTER},
             logging_config={"enable_access_log": False},
         )
         try:

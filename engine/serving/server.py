@@ -82,6 +82,7 @@ class Server(uvicorn.Server):
         self._draining_since: float | None = None
         options: dict[str, Any] = {
             **{"host": settings.host, "port": settings.port, "http": protocol(settings.header_timeout), "ws": "none"},
+            **{"loop": "asyncio"},  # what is tested, whether or not an extra brings another one
             **{"lifespan": "on", "log_config": None, "access_log": False, "server_header": False},
             **{"proxy_headers": False, "backlog": 4096, "h11_max_incomplete_event_size": MAX_HEADERS},
             **{"timeout_keep_alive": settings.keep_alive, "timeout_graceful_shutdown": 2},
