@@ -29,7 +29,7 @@ from ray.serve.handle import DeploymentHandle
 from miss.engine.serving.auth import is_loopback
 from miss.engine.serving.logs import LOGGER, event
 from miss.engine.serving.problems import Refused
-from miss.engine.serving.ray_replica import Replica
+from miss.engine.serving.ray_replica import LAST_WORDS, Replica
 from miss.engine.serving.settings import Settings
 from miss.engine.serving.supervisor import CannotStart, Item
 
@@ -37,6 +37,7 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 ENGINES = ("checkpoint", "precision", "device", "threads", "max_batch_size", "max_wait", "max_waiting", "hang_timeout")
 SUMMED = ("waiting", "running", "answer_slots")
 LOOKS_EACH, LOOK_TIMEOUT = 0.5, 5.0
+TRIES = 4
 
 
 class RayEngine:
@@ -146,15 +147,27 @@ class RayEngine:
             raise Refused("not_ready")
         method, stream = ("ask", False) if on_text is None else ("stream", True)
         handle = self._handle.options(method_name=method, stream=stream, session_id=hashlib.sha256(pixels).hexdigest())
-        response: Any = handle.remote(pixels, items, timeout)
+        for _ in range(TRIES):
+            told = await self._told(handle.remote(pixels, items, timeout), on_text)
+            if told.get("refused") != "not_ready":
+                break
+            await asyncio.sleep(
+                LAST_WORDS
+            )  # its engine has ended: nothing was begun, and soon another replica is asked
+        if "answers" not in told:
+            raise Refused(told.get("refused", "restarted"))
+        return list(told["answers"])
+
+    async def _told(self, response: Any, on_text: Callable[[str], None] | None) -> dict[str, Any]:
+        """The last of what a replica says."""
         told: dict[str, Any] = {}
         try:
             if on_text is None:
-                told = await response
-            else:
-                async for told in response:
-                    if "text" in told:
-                        on_text(told["text"])
+                return dict(await response)
+            async for told in response:
+                if "text" in told:
+                    on_text(told["text"])
+            return told
         except BackPressureError:
             raise Refused("queue_full") from None
         except (RayActorError, RayServeException) as error:
@@ -166,9 +179,6 @@ class RayEngine:
             with contextlib.suppress(RayError, RayServeException):
                 response.cancel()
             raise
-        if "answers" not in told:
-            raise Refused(told.get("refused", "restarted"))
-        return list(told["answers"])
 
     async def stats(self, timeout: float = LOOK_TIMEOUT) -> dict[str, Any] | None:
         """All replicas' counts together."""
