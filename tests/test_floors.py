@@ -43,6 +43,7 @@ DOORS = {  # a foreign package, and the only files that may import it
     "fastapi": ["engine/serving/*.py", "benchmarks/peers/fastapi_server.py"],
     "starlette": ["engine/serving/*.py"],
     "uvicorn": ["engine/serving/*.py", "benchmarks/peers/fastapi_server.py"],
+    "ray": ["engine/serving/ray_*.py"],
     "h11": ["engine/serving/*.py"],
     "pydantic": ["engine/serving/*.py", "benchmarks/peers/fastapi_server.py"],
     "litserve": ["benchmarks/peers/litserve_server.py"],

@@ -27,7 +27,7 @@ from miss.engine.data.processor import stretch
 from miss.engine.data.shards import PackedImage
 from miss.models.config import PreprocessConfig
 
-PIXELS, REFUSED = 0, 1
+PIXELS, REFUSED, MISTAKE = 0, 1, 2
 HEADER = struct.Struct("<BI")
 TIMEOUT = 120.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # NumPy's pools: nothing here multiplies

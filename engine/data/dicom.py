@@ -18,7 +18,7 @@ from pydicom.pixels import apply_color_lut, apply_modality_lut, get_decoder
 from pydicom.pixels.processing import apply_voi
 from pydicom.uid import UID
 
-from miss.engine.data.errors import ImageError, ImageLimits, Reason, check_frame
+from miss.engine.data.errors import ImageError, ImageLimits, Reason, check_frame, is_our_mistake
 from miss.engine.data.raster import grey_to_rgb, stretch, window_range
 
 # What pydicom finds odd about a file that decodes is no message for the one who asks a question about the image.
@@ -77,7 +77,9 @@ def decode_dicom(data: bytes, frame: int | None, window: tuple[float, float] | N
         raise ImageError(Reason.TOO_LARGE, "the image needs more memory than there is; scale it down first") from None
     except EOFError:
         raise _truncated() from None
-    except Exception:  # pydicom and its decoders raise most of Python's exceptions for broken files
+    except Exception as error:  # pydicom and its decoders raise most of Python's exceptions for broken files
+        if is_our_mistake(error):
+            raise
         raise _corrupt() from None
 
 
@@ -101,8 +103,27 @@ def dicom_header(data: bytes, limits: ImageLimits) -> tuple[int, int, int, int, 
         return int(dataset.Columns), int(dataset.Rows), num_frames, index, grey, window  # type: ignore[return-value]
     except ImageError:
         raise
-    except Exception:  # as above
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        if is_our_mistake(error):
+            raise
         raise _corrupt() from None
+
+
+def says_burned_in(data: bytes, limits: ImageLimits) -> bool:
+    """Whether a DICOM file that decodes declares text in its pixels, BurnedInAnnotation (0028,0301) YES. Of a file that
+    does not say, nothing is known: pixels are not read for text."""
+    file, force = io.BytesIO(_inflated(data, limits)), data[128:132] != b"DICM"
+    try:
+        dataset = pydicom.dcmread(file, stop_before_pixels=True, force=force, specific_tags=["BurnedInAnnotation"])
+        return str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES"
+    except MemoryError:
+        raise
+    except Exception as error:  # an element that cannot be read says nothing
+        if is_our_mistake(error):
+            raise
+        return False
 
 
 def _inflated(data: bytes, limits: ImageLimits) -> bytes:

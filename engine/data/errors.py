@@ -3,8 +3,12 @@
 Knows reasons and numbers; does not know any image format.
 """
 
+import traceback
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
+
+OURS = Path(__file__).resolve().parents[1]  # the code whose own mistakes are no image's fault
 
 
 class Reason(StrEnum):
@@ -38,6 +42,17 @@ class ImageError(ValueError):
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def is_our_mistake(error: Exception) -> bool:
+    """Whether our own code is wrong, whatever the image holds: a name that is not there, an assertion that fails in it.
+
+    Other exceptions are taken for the image's: broken files make libraries, and our own lines, raise most of the rest.
+    """
+    if not isinstance(error, NameError | AssertionError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(OURS)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageFile
 
-from miss.engine.data.errors import ImageError, ImageLimits, Reason, check_frame
+from miss.engine.data.errors import ImageError, ImageLimits, Reason, check_frame, is_our_mistake
 
 # Pillow's own guard against decompression bombs stays on; what it would only warn of is an error here.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL(\.|$)")  # of odd metadata; the pixels are whole
@@ -56,7 +56,9 @@ def decode_raster(
         ) from None
     except MemoryError:
         raise ImageError(Reason.TOO_LARGE, "the image needs more memory than there is; scale it down first") from None
-    except Exception:  # Pillow's readers leak ValueError, SyntaxError, struct.error and more for broken files
+    except Exception as error:  # Pillow's readers leak ValueError, SyntaxError, struct.error and more for broken files
+        if is_our_mistake(error):
+            raise
         raise _broken(data, kind, image) from None
 
 

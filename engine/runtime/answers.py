@@ -23,6 +23,7 @@ class Alternative:
     logprob_unconstrained: float | None = None
     token_logprobs: list[float] | None = None
     finished: bool = True
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Answer:
         (reading and encoding it), queue, question, decode; total is their sum.
     warnings: what the caller should know (a question that was cut, an image with burned-in text).
     token_logprobs: of each token, summing to `logprob`; None where only the sum is known (a list of answers).
+    top_logprobs: of each token's place the likeliest (token id, log-probability), best first; None unless asked for.
     """
 
     text: str
@@ -51,6 +53,7 @@ class Answer:
     warnings: list[str] = field(default_factory=list)
     logprob_unconstrained: float | None = None
     token_logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,6 +72,7 @@ def make_answer(
             *(decode(h.token_ids), math.exp(h.logprob), h.logprob, h.token_ids, h.beam_score, h.logprob_unconstrained),
             h.token_logprobs if len(h.token_logprobs) == len(h.token_ids) else None,
             h.finished,
+            h.top_logprobs or None,
         )
         for h in hypotheses[: 1 + num_alternatives]
     )
@@ -84,4 +88,5 @@ def make_answer(
         warnings,
         best.logprob_unconstrained,
         best.token_logprobs,
+        best.top_logprobs,
     )

@@ -29,6 +29,7 @@ class SamplingParams:
     constrain: the answers that may be generated, one of which is. Doubles count once.
     jump_forward: under a constraint, tokens that are forced are not asked for one by one; the answer is the same.
     logprob_unconstrained: under a constraint, report the log-probability under the full vocabulary, too.
+    top_logprobs: of a greedy answer, that many likeliest tokens at each place are reported.
     """
 
     num_beams: int | None = None
@@ -42,6 +43,7 @@ class SamplingParams:
     constrain: tuple[str, ...] | None = None
     jump_forward: bool = True
     logprob_unconstrained: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -50,6 +52,7 @@ class SamplingParams:
             ("num_alternatives", 0),
             ("top_k", 0),
             ("seed", 0),
+            ("top_logprobs", 0),
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -90,6 +93,10 @@ class SamplingParams:
                 f"got top_p {self.top_p}, top_k {self.top_k}, seed {self.seed} at temperature 0; wanted a temperature "
                 "above 0, or none of them"
             )
+        if self.top_logprobs and together:
+            raise ValueError(
+                f"got top_logprobs together with {together[0]}; wanted a greedy answer, or no top_logprobs"
+            )
         if self.logprob_unconstrained and self.constrain is None:
             raise ValueError("got logprob_unconstrained without constrain; wanted both, or neither")
 
@@ -117,7 +124,9 @@ def make_search(params: SamplingParams, config: MissConfig, candidates: Candidat
         return Sampling(tokens.dec, tokens.sep, longest, *cut, params.seed, others)
     width = params.num_beams or config.generation.num_beams
     if width == 1:
-        return Greedy(tokens.dec, tokens.sep, longest, others)
+        return Greedy(tokens.dec, tokens.sep, longest, others, params.top_logprobs)
+    if params.top_logprobs:
+        raise ValueError(f"got top_logprobs with the checkpoint's {width} beams; give num_beams 1 for a greedy answer")
     return Beams(tokens.dec, BeamSearch(width, tokens.sep, config.behaviour), longest)
 
 
@@ -126,11 +135,11 @@ class Greedy:
 
     streams = True
 
-    def __init__(self, dec: int, sep: int, max_new_tokens: int, num_alternatives: int = 0) -> None:
+    def __init__(self, dec: int, sep: int, max_new_tokens: int, num_alternatives: int = 0, num_top: int = 0) -> None:
         self.branches = 1 + num_alternatives
-        self._sep, self._left = sep, max_new_tokens
+        self._sep, self._left, self._num_top = sep, max_new_tokens, num_top
         self._grown: list[Hypothesis] = []
-        self._feeds, self._wants = [Feed(0, (dec,))], Wants(num_best=self.branches)
+        self._feeds, self._wants = [Feed(0, (dec,))], Wants(num_best=max(self.branches, num_top))
 
     @property
     def done(self) -> bool:
@@ -149,22 +158,26 @@ class Greedy:
     def advance(self, choices: list[Choice]) -> list[tuple[int, int]]:
         copies: list[tuple[int, int]] = []
         if not self._grown:
-            best = choices[0].best[: self.branches]  # fewer where the vocabulary has no more
-            self._grown = [Hypothesis().extended(token, logprob, self._sep) for token, logprob in best]
+            best, top = choices[0].best[: self.branches], self._top(choices[0])  # fewer where there are no more tokens
+            self._grown = [Hypothesis().extended(token, logprob, self._sep, top) for token, logprob in best]
             active = list(range(len(self._grown)))
             copies = [(0, branch) for branch in active[1:] if not self._grown[branch].finished]
-            self._wants = Wants(num_best=1)
+            self._wants = Wants(num_best=max(1, self._num_top))
         else:
             active = [feed.branch for feed in self._feeds]
             for branch, choice in zip(active, choices, strict=True):
-                self._grown[branch] = self._grown[branch].extended(*choice.best[0], self._sep)
+                self._grown[branch] = self._grown[branch].extended(*choice.best[0], self._sep, self._top(choice))
         self._left -= 1
         self._feeds = [Feed(b, (self._grown[b].token_ids[-1],)) for b in active if not self._grown[b].finished]
         return [] if self.done else copies
 
+    def _top(self, choice: Choice) -> list[tuple[int, float]] | None:
+        return choice.best[: self._num_top] if self._num_top else None
+
     def ahead(self, steps: int) -> list[Ahead] | None:
-        """Once the first tokens are chosen, which is one choice for all branches."""
-        if not self._grown and self.branches > 1:
+        """Once the first tokens are chosen, which is one choice for all branches; never where other tokens are wanted,
+        too, which a step that is made ahead does not report."""
+        if self._num_top or not self._grown and self.branches > 1:
             return None
         return [Ahead(self._left, self._sep)] * len(self._feeds)
 

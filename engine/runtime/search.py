@@ -77,6 +77,7 @@ class Hypothesis:
     beam_score: the original's length-normalised rank, `compat` beams only.
     logprob_unconstrained: under a constraint, the sum under the full vocabulary's softmax, where it was asked for.
     token_logprobs: of each token, where they came one by one; empty where only their sum is known.
+    top_logprobs: of each token's place the likeliest (token id, log-probability), best first, where asked for.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -85,10 +86,14 @@ class Hypothesis:
     beam_score: float | None = None
     logprob_unconstrained: float | None = None
     token_logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
-    def extended(self, token: int, logprob: float, sep: int) -> "Hypothesis":
+    def extended(
+        self, token: int, logprob: float, sep: int, top: list[tuple[int, float]] | None = None
+    ) -> "Hypothesis":
         token_ids, each = [*self.token_ids, token], [*self.token_logprobs, logprob]
-        return Hypothesis(token_ids, self.logprob + logprob, token == sep, token_logprobs=each)
+        tops = self.top_logprobs if top is None else [*self.top_logprobs, top]
+        return Hypothesis(token_ids, self.logprob + logprob, token == sep, token_logprobs=each, top_logprobs=tops)
 
 
 class Search(Protocol):

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from miss.engine.serving.asking import parameters, question_of
 from miss.engine.serving.bodies import read_json
 from miss.engine.serving.gate import INTENDED_USE, Exchange
-from miss.engine.serving.images import Window, from_data_url
+from miss.engine.serving.images import Window
 from miss.engine.serving.problems import Refused
 from miss.engine.serving.protocol import ChatRequest
 from miss.engine.serving.service import Service
@@ -39,8 +39,8 @@ async def chat(request: Request, service: Service) -> Response:
     if asked.model != service.model:
         raise Refused("model_not_found", "model")
     question, url, warnings = question_of(asked)
-    image = from_data_url(url)
     deadline = service.deadline(exchange, request.headers.get("x-request-timeout"), asked.timeout)
+    image = await service.image_at(url, exchange, deadline)
     item = Item(question, _parameters(asked, service))
     window = None if asked.window is None else (asked.window[0], asked.window[1])
     told = Chat(asked, service, exchange, warnings)
@@ -57,6 +57,12 @@ def _parameters(asked: ChatRequest, service: Service) -> dict[str, Any]:
     beams = asked.num_beams or service.about["num_beams"]
     if number > 1 and 1 < beams < number:
         raise Refused("bad_request", "n", "With beams there are at most as many choices as beams.")
+    if asked.top_logprobs:
+        if not asked.logprobs:
+            raise Refused("bad_request", "top_logprobs", "They come with `logprobs` true.")
+        if beams > 1 or any(params.get(name) for name in ("candidates", "constrain", "temperature")):
+            raise Refused("unsupported", "top_logprobs", "They are offered for greedy answers (num_beams 1).")
+        params["top_logprobs"] = asked.top_logprobs
     return params
 
 
@@ -103,8 +109,11 @@ class Chat:
         """By WordPiece, as the model's vocabulary writes it. None where only their sum is known (a list of answers)."""
         if not self.asked.logprobs or choice["token_logprobs"] is None:
             return None
-        pairs = zip(choice["tokens"], choice["token_logprobs"], strict=True)
-        content = [{"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p in pairs]
+        tops = choice["top_logprobs"] or [[] for _ in choice["tokens"]]
+        content = [
+            {**_token(text, logprob), "top_logprobs": [_token(*one) for one in top]}
+            for text, logprob, top in zip(choice["tokens"], choice["token_logprobs"], tops, strict=True)
+        ]
         return {"content": content, "refusal": None}
 
     async def streamed(
@@ -162,6 +171,10 @@ class Chat:
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return _line({**self.head, "object": "chat.completion.chunk", "choices": [choice]})
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def _reason(choice: Answer) -> str:

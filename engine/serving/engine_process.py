@@ -84,6 +84,8 @@ class EngineServer:
         shown, tokenizer = answer.to_dict(), self.engine.processor.tokenizer
         for one in (shown, *shown["alternatives"]):
             one["tokens"] = [tokenizer.id_to_token(token) or "" for token in one["token_ids"]]
+            for top in one["top_logprobs"] or ():
+                top[:] = [(tokenizer.id_to_token(token) or "", logprob) for token, logprob in top]
         return shown
 
     def _send(self, **message: Any) -> None:

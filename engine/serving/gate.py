@@ -46,7 +46,7 @@ HEADERS = [
 @dataclass
 class Exchange:
     """One request's life, for its route and for the log. problem: the word of how it failed. tasks: what the route has
-    begun; they end with the request."""
+    begun; they end with the request. held: bytes that are, until it ends."""
 
     id: str
     path: str
@@ -58,6 +58,7 @@ class Exchange:
     stage: str = "body"
     complete: bool = False
     tasks: "list[asyncio.Future[Any]]" = field(default_factory=list)
+    held: "Held | None" = None
 
     @property
     def asks(self) -> bool:
@@ -121,7 +122,7 @@ class Gate:
 
     async def _serve(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["miss"]
-        held = Held(self.admission)
+        held = exchange.held = Held(self.admission)
         try:
             try:
                 self._check(exchange, headers)
@@ -131,6 +132,8 @@ class Gate:
                 if exchange.stage == "body" and not error.problem.closes:
                     await _discard(receive)
                 await refuse(error, scope, receive, send)
+            except asyncio.CancelledError:  # by the server itself: its time to drain is over
+                await refuse(Refused("draining"), scope, receive, send)
             except TimeoutError:  # of writing: nobody reads
                 exchange.problem = exchange.problem or "client_gone"
             except Exception:  # a fault of ours: it costs this request, says nothing of itself, and is written down

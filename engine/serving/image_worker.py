@@ -13,14 +13,15 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
-from miss.engine.data.decoding import HEADER, PIXELS, REFUSED
+from miss.engine.data.decoding import HEADER, MISTAKE, PIXELS, REFUSED
 from miss.engine.data.errors import ImageError, ImageLimits
 from miss.engine.data.facts import image_facts
-from miss.engine.data.images import decode_image
+from miss.engine.data.images import decode_image, sniff
 from miss.engine.data.processor import stretch
+from miss.engine.serving.logs import places
 from miss.models.config import PreprocessConfig
 
-TOO_HUNGRY, DAMAGED = "image_too_hungry", "image_corrupt"
+TOO_HUNGRY = "image_too_hungry"
 
 
 def main(preprocess: PreprocessConfig, limits: ImageLimits, memory: int) -> None:
@@ -54,19 +55,27 @@ def _first() -> bytes:
 
 
 def answer(data: bytes, asked: dict[str, Any], preprocess: PreprocessConfig, limits: ImageLimits) -> tuple[int, bytes]:
-    """The kind of answer and its bytes: pixels uint8 (S, S, 3) or what was asked instead of them, or a word."""
+    """The kind of answer and its bytes: pixels uint8 (S, S, 3), one more byte where the file says that text is burned
+    into them, or what was asked instead of them; a word; or of a mistake of ours its type and place, for the log."""
     window = None if asked["window"] is None else tuple(asked["window"])
     try:
         if asked["facts"]:
             return PIXELS, json.dumps(asdict(image_facts(data, limits))).encode()
         pixels = decode_image(data, frame=asked["frame"], window=window, limits=limits)  # type: ignore[arg-type]
-        return PIXELS, stretch(pixels, preprocess).tobytes()
+        noted = sniff(data) == "DICOM" and _says_burned_in(data, limits)
+        return PIXELS, stretch(pixels, preprocess).tobytes() + b"!" * noted
     except ImageError as error:
         return REFUSED, error.reason.value.encode()
     except MemoryError:
         return REFUSED, TOO_HUNGRY.encode()
-    except Exception:  # whatever a decoder lets out of a stranger's bytes: it is the bytes' fault, and costs only them
-        return REFUSED, DAMAGED.encode()
+    except Exception as error:  # the readers say what is wrong with an image by ImageError: this is not its fault
+        return MISTAKE, json.dumps({"exception": type(error).__name__, "at": places(error.__traceback__)}).encode()
+
+
+def _says_burned_in(data: bytes, limits: ImageLimits) -> bool:
+    from miss.engine.data.dicom import says_burned_in
+
+    return says_burned_in(data, limits)
 
 
 if __name__ == "__main__":

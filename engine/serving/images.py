@@ -8,6 +8,7 @@ import base64
 import binascii
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections import OrderedDict
@@ -15,13 +16,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from miss.engine.data.decoding import HEADER, ONE_THREAD, PIXELS
+from miss.engine.data.decoding import HEADER, MISTAKE, ONE_THREAD, PIXELS
 from miss.engine.data.errors import Reason
 from miss.engine.serving.logs import event
 from miss.engine.serving.problems import OF_IMAGES, Refused
 from miss.engine.serving.settings import Settings
 
 Window = tuple[float, float]
+BURNED_IN = "the file says that text is burned into its pixels, which may name a patient"
+KEYS = frozenset({"MISS_API_KEY", "RAY_AUTH_TOKEN"})
 
 
 def from_data_url(url: str) -> bytes:
@@ -101,7 +104,7 @@ class Worker:
 
 def environment() -> dict[str, str]:
     """For a child: it imports from where this process does, its number pools are of one thread, and it has no key."""
-    own = {name: value for name, value in os.environ.items() if name != "MISS_API_KEY"}
+    own = {name: value for name, value in os.environ.items() if name not in KEYS}
     return {**own, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
 
 
@@ -145,7 +148,19 @@ class ImagePool:
         Raises:
             Refused: with one of the words of images.
         """
-        return await self._ask({"frame": frame, "window": window, "facts": False}, data)
+        return (await self.noted(data, frame, window))[0]
+
+    async def noted(
+        self, data: bytes, frame: int | None = None, window: Window | None = None
+    ) -> tuple[bytes, list[str]]:
+        """Pixels, and warnings about what the file says of itself.
+
+        Raises:
+            Refused: as `decode`.
+        """
+        answer = await self._ask({"frame": frame, "window": window, "facts": False}, data)
+        num_bytes = 3 * self.preprocess["image_size"] ** 2
+        return answer[:num_bytes], [BURNED_IN] if len(answer) > num_bytes else []
 
     async def facts(self, data: bytes) -> dict[str, Any]:
         """`Facts` by name.
@@ -196,6 +211,9 @@ class ImagePool:
         if kind == PIXELS:
             self._keep(key, answer)
             return answer
+        if kind == MISTAKE:
+            event("image_worker_failed", logging.ERROR, **json.loads(answer))
+            raise Refused("internal")
         word = answer.decode()
         raise Refused(OF_IMAGES[Reason(word)] if word in set(Reason) else word, "image_url")
 

@@ -16,14 +16,21 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 LOGGER = "miss.engine.serving"
 
 
-def event(name: str, **fields: str | int | float | bool | None) -> None:
+def event(name: str, level: int = logging.INFO, **fields: str | int | float | bool | list[str] | None) -> None:
     """Writes a line. Fields are numbers and words of ours, never what a caller sent."""
-    logging.getLogger(LOGGER).info(name, extra={"miss": fields})
+    logging.getLogger(LOGGER).log(level, name, extra={"miss": fields})
+
+
+def places(trace: TracebackType | None) -> list[str]:
+    """Where in the code an exception came from, innermost last."""
+    frames = traceback.extract_tb(trace)[-6:]
+    return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
 
 
 class JsonLines(logging.Formatter):
@@ -37,9 +44,7 @@ class JsonLines(logging.Formatter):
             where = f"{Path(record.pathname).name}:{record.lineno}"
             line |= {"event": "library", "logger": record.name, "where": where}
         if record.exc_info and record.exc_info[0] is not None:
-            frames = traceback.extract_tb(record.exc_info[2])[-6:]
-            line["exception"] = record.exc_info[0].__name__
-            line["at"] = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+            line["exception"], line["at"] = record.exc_info[0].__name__, places(record.exc_info[2])
         return json.dumps(line)
 
 

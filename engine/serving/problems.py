@@ -59,7 +59,8 @@ PROBLEMS = {
         415, "Wanted application/json, or multipart/form-data for /v1/vqa and /v1/image."
     ),
     "image_not_base64": _image("The image is not base64."),
-    "image_url_refused": _image("Only data: URLs with base64 are taken; this server fetches nothing."),
+    "image_url_refused": _image("That URL is not taken; give the image as a data: URL with base64."),
+    "image_url_failed": _image("The URL gave no image in time; give the image as a data: URL with base64."),
     "image_unreadable": _image("The image cannot be read."),
     "image_empty": _image("The image is empty."),
     "image_not_an_image": _image(f"The content is not an image that is known here; {ACCEPTED}, told by content."),

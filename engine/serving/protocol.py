@@ -79,7 +79,7 @@ class ChatRequest(Choosing):
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="Of greedy answers.")
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     response_format: TextFormat | None = None

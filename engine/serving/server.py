@@ -113,6 +113,7 @@ class Server(uvicorn.Server):
         options: dict[str, Any] = {
             **{"http": protocol(settings.header_timeout, settings.write_timeout), "ws": "none"},
             **{"host": settings.host, "port": settings.port},
+            **{"loop": "asyncio"},  # what is tested, whether or not an extra brings another one
             **{"lifespan": "on", "log_config": None, "access_log": False, "server_header": False},
             **{"proxy_headers": False, "backlog": 4096, "h11_max_incomplete_event_size": MAX_HEADERS},
             **{"timeout_keep_alive": settings.keep_alive, "timeout_graceful_shutdown": 2},
@@ -151,7 +152,22 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         await asyncio.sleep(LAST_WORDS)
+        await self._cut_off()
         await super().shutdown(sockets)
+
+    async def _cut_off(self) -> None:
+        """Ends what is not done: requests get their 503, then connections are closed, also those that nobody reads.
+        uvicorn would do it after `timeout_graceful_shutdown`, with an error in the log."""
+        if late := list(self.server_state.tasks):
+            logs.event("cut_off", requests=len(late))
+            for task in late:
+                task.cancel()
+            await asyncio.wait(late, timeout=LAST_WORDS)
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await asyncio.sleep(LAST_WORDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def serve(settings: Settings, version: str, on_listening: Callable[[int], None] | None = None) -> None:

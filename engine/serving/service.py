@@ -5,21 +5,27 @@ Knows the order of a request's life after its body is read; does not know routes
 
 import asyncio
 import hashlib
+import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miss.engine.serving.admission import Admission
 from miss.engine.serving.auth import Auth, is_loopback
 from miss.engine.serving.bodies import NUMBER
 from miss.engine.serving.gate import Exchange
-from miss.engine.serving.images import ImagePool, Window
+from miss.engine.serving.images import ImagePool, Window, from_data_url
 from miss.engine.serving.logs import Audit, event
 from miss.engine.serving.metrics import Metrics
 from miss.engine.serving.problems import Refused
+from miss.engine.serving.remote import Fetcher
 from miss.engine.serving.settings import Settings
 from miss.engine.serving.supervisor import Item, Supervisor
+
+if TYPE_CHECKING:
+    from miss.engine.serving.ray_app import RayEngine
 
 SLACK = 0.25  # the engine's own deadline comes first, and frees its slots
 
@@ -33,8 +39,10 @@ class Service:
         self.admission = Admission(settings.max_waiting, settings.max_waiting_pixels, settings.max_body_memory)
         self.auth = Auth(settings.api_key, is_loopback(settings.host))
         self.audit = Audit(settings.audit_log)
-        self.supervisor = Supervisor(settings, self.metrics.restarts.inc)
+        self.supervisor = _engine(settings, self.metrics.restarts.inc)
         self.images: ImagePool | None = None
+        hosts, most = settings.image_hosts, settings.image_limits.max_bytes
+        self.fetcher = Fetcher(hosts, most, settings.fetch_timeout) if hosts else None
         self.weights = ""
         self.exchanges: set[int] = set()
 
@@ -98,6 +106,24 @@ class Service:
             least = min(least, given)
         return exchange.arrived + min(least, asked if asked is not None else least)
 
+    async def image_at(self, url: str, exchange: Exchange, deadline: float) -> bytes:
+        """The bytes of a data: URL, or of another one where its host is allowed.
+
+        Raises:
+            Refused: there are none.
+        """
+        if self.fetcher is None or url[:6].lower() != "https:":
+            return from_data_url(url)
+        if not self.supervisor.ready:
+            raise Refused("not_ready")
+        assert exchange.held is not None
+        exchange.stage = "image"
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                return await self.fetcher.fetch(url, exchange.held.more)
+        except TimeoutError:
+            raise Refused("deadline") from None
+
     async def answer(
         self,
         exchange: Exchange,
@@ -143,12 +169,13 @@ class Service:
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + SLACK):
                 exchange.stage, start = "image", time.monotonic()
-                pixels = await self.images.decode(image, *view)
+                pixels, notes = await self.images.noted(image, *view)
                 self.metrics.took("image_decode_seconds", time.monotonic() - start)
                 exchange.stage, left = "engine", deadline - time.monotonic()
                 if left <= 0:
                     raise Refused("deadline")
-                return await self.supervisor.ask(pixels, items, left, on_text)
+                answers = await self.supervisor.ask(pixels, items, left, on_text)
+                return [{**answer, "warnings": [*answer["warnings"], *notes]} for answer in answers]
         except TimeoutError:
             raise Refused("deadline") from None
 
@@ -160,6 +187,25 @@ class Service:
                 **{"weights": self.weights, "processor": self.about["fingerprint"], "image": mark},
                 **{"outcome": outcome, "scores": scores, "seconds": round(time.monotonic() - exchange.arrived, 4)},
             )
+
+
+def _engine(settings: Settings, on_restart: Callable[[], None]) -> "Supervisor | RayEngine":
+    """One engine, or replicas on Ray, which reads its environment when it is imported: no telemetry, and where it is
+    started here no address but loopback, and a token of this run's own that stands in no file."""
+    if not settings.ray_replicas:
+        return Supervisor(settings, on_restart)
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+    if settings.ray_address is None:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's one way to say: the node's address is 127.0.0.1
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        from miss.engine.serving.ray_app import RayEngine
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise ValueError('--ray: Ray Serve is not installed; wanted: pip install "miss-engine[ray]"') from None
+    return RayEngine(settings, on_restart)
 
 
 def _hash_weights(checkpoint: str) -> str:

@@ -10,6 +10,7 @@ from miss.engine.data.errors import ImageLimits
 
 MIB = 1 << 20
 ENCODED = 8
+MAY_BE_ZERO = frozenset({"threads", "port", "max_wait", "cache_bytes", "drain_timeout", "ray_replicas"})
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Settings:
     timeout: of a request, from its first byte to its answer; a request may ask for less.
     drain_timeout: what accepted requests are given after SIGTERM.
     hang_timeout: of an engine that has work and makes no progress, before it is started anew.
+    image_hosts, fetch_timeout: whose https URLs are fetched as images, and how long one may take; none without.
+    ray_replicas: engines on Ray Serve; 0: one engine, without Ray. ray_address: a cluster's; None starts Ray here.
     """
 
     checkpoint: str = "miss-small"
@@ -54,12 +57,16 @@ class Settings:
     timeout: float = 60.0
     drain_timeout: float = 30.0
     hang_timeout: float = 120.0
+    image_hosts: tuple[str, ...] = ()
+    fetch_timeout: float = 10.0
     audit_log: Path | None = None
+    ray_replicas: int = 0
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            least = 0 if one.name in ("threads", "port", "max_wait", "cache_bytes", "drain_timeout") else 1e-3
+            least = 0 if one.name in MAY_BE_ZERO else 1e-3
             if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 1e15:
                 wanted = "a number of at least 0" if least == 0 else "a number above 0"
                 raise ValueError(f"{one.name.replace('_', '-')}: got {value!r}; wanted {wanted}")

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from miss.engine.serving.asking import parameters
 from miss.engine.serving.bodies import read_form, read_json
 from miss.engine.serving.gate import INTENDED_USE, Exchange
-from miss.engine.serving.images import from_base64, from_data_url
+from miss.engine.serving.images import from_base64
 from miss.engine.serving.problems import Refused
 from miss.engine.serving.protocol import VqaForm, VqaRequest, VqaResponse, answer_of
 from miss.engine.serving.service import Service
@@ -23,10 +23,11 @@ async def vqa(request: Request, service: Service) -> VqaResponse:
         Refused: there is no answer.
     """
     exchange: Exchange = request.scope["miss"]
-    asked, questions, image = await _read(request)
+    asked, questions, given = await _read(request)
     if len(questions) > service.settings.max_questions:
         raise Refused("bad_request", "questions", f"Accepted: up to {service.settings.max_questions} questions.")
     deadline = service.deadline(exchange, request.headers.get("x-request-timeout"), asked.timeout)
+    image = await service.image_at(given, exchange, deadline) if isinstance(given, str) else given
     longest = service.about["answer_length"]
     params = parameters(asked, asked.max_new_tokens, asked.alternatives, longest, service.settings)
     window = None if asked.window is None else (asked.window[0], asked.window[1])
@@ -43,8 +44,8 @@ async def vqa(request: Request, service: Service) -> VqaResponse:
     )
 
 
-async def _read(request: Request) -> tuple[VqaRequest | VqaForm, list[str], bytes]:
-    """The request, its questions and its image's bytes, out of JSON or a form."""
+async def _read(request: Request) -> tuple[VqaRequest | VqaForm, list[str], bytes | str]:
+    """The request, its questions and its image's bytes or URL, out of JSON or a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body = await request.body()
     if kind == "multipart/form-data":
@@ -58,5 +59,5 @@ async def _read(request: Request) -> tuple[VqaRequest | VqaForm, list[str], byte
     if (asked.question is None) == (asked.questions is None):
         raise Refused("bad_request", "question", "Give `question` or `questions`, and not both.")
     questions = [asked.question] if asked.question is not None else asked.questions or []
-    read = from_data_url if asked.image[:5].lower() == "data:" or "://" in asked.image[:16] else from_base64
-    return asked, questions, read(asked.image)
+    is_url = asked.image[:5].lower() == "data:" or "://" in asked.image[:16]
+    return asked, questions, asked.image if is_url else from_base64(asked.image)

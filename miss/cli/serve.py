@@ -60,6 +60,16 @@ class Args:
     """Processes that decode images."""
     decode_timeout: float = 10.0
     """Seconds for one image."""
+    allow_image_urls: tuple[str, ...] = ()
+    """Hosts (name or name:port) whose https:// URLs are fetched as images; without, none is. docs/operations.md has the
+    rules."""
+    ray: bool = False
+    """Replicas of the engine on Ray Serve (docs/ray.md); wants the extra `ray`."""
+    replicas: int = 2
+    """With --ray: how many."""
+    ray_address: str | None = None
+    """With --ray: a cluster's Ray to run them on, as ray.init takes it (auto, HOST:PORT). Default: one started here, on
+    loopback, that ends with this server."""
     audit_log: Path | None = None
     """A file that gets a JSON line for each answer: who, which model, a mark of the image, how it ended."""
 
@@ -82,6 +92,8 @@ def main(args: Args) -> int:
             "audit_log",
         ),
     )
+    if args.replicas < 1 or (args.ray_address is not None and not args.ray):
+        raise ValueError(f"replicas: got {args.replicas}; wanted at least 1, and --ray where --ray-address is given")
     max_body = int(args.max_body_mib * MIB)
     settings = Settings(
         **{name: getattr(args, name) for name in names},
@@ -89,6 +101,9 @@ def main(args: Args) -> int:
         max_wait=args.max_wait_ms / 1000,
         max_body=max_body,
         cache_bytes=int(args.cache_mib * MIB / ENCODED),
+        image_hosts=args.allow_image_urls,
+        ray_replicas=args.replicas if args.ray else 0,
+        ray_address=args.ray_address,
         image_limits=ImageLimits(max_bytes=max(1, max_body)),
     )
     check_exposure(settings, args.insecure)

@@ -60,6 +60,11 @@ def dicom(text, bits=8, size=(16, 16), **tags):
     return file.getvalue()
 
 
+def burned_in(told):
+    """A DICOM file that says so of text in its pixels, or nothing."""
+    return dicom("x") if told is None else dicom("x", BurnedInAnnotation=told)
+
+
 def whole():
     """(name, bytes) of images that are what they seem."""
     for mode in ("RGB", "L", "RGBA", "LA", "P", "1", "I;16"):

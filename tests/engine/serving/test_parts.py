@@ -13,12 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miss.engine.data import raster
+from miss.engine.data.decoding import MISTAKE
 from miss.engine.data.errors import ImageLimits, Reason
 from miss.engine.data.images import decode_image
 from miss.engine.data.processor import stretch
 from miss.engine.serving.admission import Admission
 from miss.engine.serving.auth import Auth, is_loopback
-from miss.engine.serving.images import ImagePool
+from miss.engine.serving.image_worker import answer
+from miss.engine.serving.images import BURNED_IN, ImagePool, Worker
 from miss.engine.serving.logs import LOGGER, JsonLines
 from miss.engine.serving.problems import OF_IMAGES, PROBLEMS, Refused
 from miss.engine.serving.settings import Settings
@@ -103,6 +106,47 @@ def test_a_decoder_that_dies_each_time_refuses_the_image():
 
     (code, took), ended = with_pool(use)
     assert code == "image_corrupt" and ended.count("died") >= 3 and took < 5
+
+
+def test_a_mistake_of_ours_is_no_image_s_fault_and_is_written_down(monkeypatch, caplog):
+    kind, told = answer(
+        png(1), {"frame": None, "window": None, "facts": False}, None, ImageLimits()
+    )  # no preprocessing: ours
+    assert kind == MISTAKE and json.loads(told)["exception"] == "AttributeError"
+    assert "processor.py" in json.loads(told)["at"][-1]
+
+    async def mistaken(self, *asked):
+        return MISTAKE, told
+
+    async def use(pool):
+        with pytest.raises(Refused) as refused:
+            await pool.decode(png(1))
+        return refused.value.code
+
+    monkeypatch.setattr(Worker, "decode", mistaken)
+    with caplog.at_level(logging.ERROR, LOGGER):
+        code, ended = with_pool(use)
+    assert code == "internal" and not ended
+    (record,) = caplog.records
+    assert record.msg == "image_worker_failed" and record.miss["exception"] == "AttributeError"
+
+
+@pytest.mark.parametrize("name", ["to_rgb", "check_frame"])
+def test_a_name_that_is_not_there_is_not_taken_for_a_damaged_image(monkeypatch, name):
+    monkeypatch.delattr(raster, name)
+    with pytest.raises(NameError):
+        decode_image(png(1))
+    kind, told = answer(png(1), {"frame": None, "window": None, "facts": False}, PREPROCESS, ImageLimits())
+    assert (kind, json.loads(told)["exception"]) == (MISTAKE, "NameError")
+
+
+def test_text_that_a_file_says_is_burned_in_is_warned_of():
+    async def use(pool):
+        return [await pool.noted(burned_in(told)) for told in (None, "NO", "YES", "yes ", "MAYBE")]
+
+    found, _ = with_pool(use)
+    assert [notes for _, notes in found] == [[], [], [BURNED_IN], [BURNED_IN], []]
+    assert len({pixels for pixels, _ in found}) == 1 and len(found[0][0]) == 3 * 28 * 28
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40), st.booleans()), max_size=30))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from miss.engine.runtime.loading import CHECKPOINTS
 from tests.engine.serving.broken import dicom, picture
-from tests.engine.serving.harness import LEAKS, chat, data_url, png, wait
+from tests.engine.serving.harness import LEAKS, chat, data_url, png, read_all, wait
 from tests.engine.serving.started import ROOT, Process
 
 SMALL = CHECKPOINTS / "miss-small"
@@ -152,6 +153,23 @@ def terminated(folder, path, count):
 
 def test_five_sigterms_under_load_leave_nobody_unanswered(folder, tmp_path):
     terminated(folder, tmp_path, 5)
+
+
+def test_a_stop_says_nothing_of_errors_and_tells_who_was_cut_off(folder, tmp_path):
+    """With a connection that is kept, one with half its headers, and one whose body does not come in time."""
+    process = Process(tmp_path, folder, "--drain-timeout", "1")
+    address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+    connections = [socket.create_connection(address, timeout=10) for _ in range(3)]
+    connections[1].sendall(b"GET /health HTTP/1.1\r\nHost: local")
+    head = b"POST /v1/vqa HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    connections[2].sendall(head + b"{")
+    process.client.get("/health")
+    assert process.terminate() == 0
+    answer = read_all(connections[2])
+    assert answer.startswith(b"HTTP/1.1 503") and b'"draining"' in answer
+    lines = [json.loads(line) for line in process.err.read_text().splitlines()]
+    assert {line["level"] for line in lines} == {"info"}, [line for line in lines if line["level"] != "info"]
+    assert [line["requests"] for line in lines if line["event"] == "cut_off"] == [1]
 
 
 @pytest.mark.soak

@@ -9,6 +9,8 @@ import pytest
 
 from miss import Engine, SamplingParams
 from miss.engine.serving.auth import PUBLIC
+from miss.engine.serving.images import BURNED_IN
+from tests.engine.serving.broken import burned_in
 from tests.engine.serving.harness import LEAKS, chat, checked, data_url, png
 
 QUESTIONS = ("is there a mass?", "which organ", "ct", "left lung?")
@@ -86,6 +88,36 @@ def test_chat_answers_as_the_engine(server, engine):
     assert found["usage"]["completion_tokens"] == made
 
 
+def test_the_likeliest_tokens_at_each_place_are_told(server, engine):
+    """The first is the chosen one; all are those of the full distribution, by a search that feeds the same tokens."""
+    image = png(4)
+    plain = server.chat("which organ", image, logprobs=True, n=3, num_beams=1).json()
+    found = server.chat("which organ", image, logprobs=True, n=3, num_beams=1, top_logprobs=20).json()
+    for one, other in zip(found["choices"], plain["choices"], strict=True):
+        assert one["message"] == other["message"]
+        for token, same in zip(one["logprobs"]["content"], other["logprobs"]["content"], strict=True):
+            top = [(entry["token"], entry["logprob"]) for entry in token["top_logprobs"]]
+            assert len(top) == 20 and len({text for text, _ in top}) == 20 and same["top_logprobs"] == []
+            assert [p for _, p in top] == sorted((p for _, p in top), reverse=True)
+            assert token["logprob"] == pytest.approx(same["logprob"], abs=1e-5)
+            assert (token["token"], pytest.approx(token["logprob"], abs=1e-6)) in top
+    first = found["choices"][0]["logprobs"]["content"]
+    assert all(token["top_logprobs"][0]["token"] == token["token"] for token in first)
+    alone = engine.answer(image, "which organ", SamplingParams(num_beams=1, num_alternatives=0, top_logprobs=3))
+    assert [len(top) for top in alone.top_logprobs] == [3] * len(alone.token_ids)
+    assert [top[0][0] for top in alone.top_logprobs] == alone.token_ids
+    every = engine.answer(image, "which organ", SamplingParams(num_beams=1, num_alternatives=0, top_logprobs=10**6))
+    for top in every.top_logprobs:
+        assert sum(np.exp(logprob) for _, logprob in top) == pytest.approx(1, abs=1e-5)
+
+
+def test_what_a_file_says_of_text_in_its_pixels_is_in_the_answer(server):
+    for told, warnings in ((None, []), ("YES", [BURNED_IN])):
+        data = burned_in(told)
+        assert server.vqa(data, "ct").json()["answers"][0]["warnings"] == warnings
+        assert server.chat("ct", data).json()["miss"]["warnings"] == warnings
+
+
 def test_a_stream_is_the_whole_answer_in_parts(server):
     for seed in range(6):
         body = chat("tiny", QUESTIONS[seed % 4], png(seed), stream_options={"include_usage": True}, n=1 + seed % 2)
@@ -147,6 +179,9 @@ REFUSALS = [
     (spoilt(canary_key=1), 400, "bad_request"),
     (spoilt(tools=[{}]), 400, "bad_request"),
     (spoilt(top_logprobs=5), 400, "bad_request"),
+    (spoilt(top_logprobs=21, logprobs=True), 400, "bad_request"),
+    (spoilt(top_logprobs=5, logprobs=True, num_beams=2), 400, "unsupported"),
+    (spoilt(top_logprobs=5, logprobs=True, candidates=["lung"]), 400, "unsupported"),
     (spoilt(messages=[]), 400, "bad_request"),
     (spoilt(candidates=["a"], constrain=["b"]), 400, "conflicting"),
     (spoilt(candidates=["lung"] * 1025), 400, "bad_request"),
