@@ -26,7 +26,7 @@ from miss.engine.serving.logs import LOGGER, JsonLines
 from miss.engine.serving.problems import OF_IMAGES, PROBLEMS, Refused
 from miss.engine.serving.settings import Settings
 from miss.models.config import PreprocessConfig
-from tests.engine.serving.broken import picture, png_that_declares
+from tests.engine.serving.broken import burned_in, picture, png_that_declares
 from tests.engine.serving.harness import png
 
 PREPROCESS = PreprocessConfig(image_size=28, resample="bicubic")
