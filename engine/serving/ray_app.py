@@ -57,11 +57,13 @@ class RayEngine:
         Raises:
             CannotStart: one could not.
         """
-        self._handle = await asyncio.to_thread(self._deploy)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(
-                signal.SIGTERM, signal.getsignal(signal.SIGTERM)
-            )  # ours: Ray's core has put its own before it
+        try:
+            self._handle = await asyncio.to_thread(self._deploy)
+        except (RayError, RayServeException, RuntimeError, OSError) as error:
+            logging.getLogger(LOGGER).exception("ray_failed")
+            raise CannotStart("Ray cannot be started or reached here; wanted a free machine, or its address") from error
+        if threading.current_thread() is threading.main_thread():  # ours again: Ray's core has put its own before it
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         while not self.ready:
             await self._look()
         self._watching = asyncio.create_task(self._watch())
