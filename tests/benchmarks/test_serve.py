@@ -74,8 +74,8 @@ def test_a_point_says_all_visits_and_no_goodput_beyond_what_was_offered(found, r
 
 def test_what_is_late_is_counted_from_when_it_was_due():
     stalled = [Visit(due=i / 10, sent=1.0, done=1.1) for i in range(10)]  # the client sent all of them after a stall
-    said = point(stalled, 10, 1.0, 0.5)
-    assert said["ms"]["total"]["p99"] == pytest.approx(1091, abs=1) and said["goodput"] == 5
+    said = point(stalled, 10, 1.0, 0.55)
+    assert said["ms"]["total"]["p99"] == pytest.approx(1091, abs=1) and said["goodput"] == 4
     assert not holds(said) and holds(point(stalled, 10, 1.0, 2.0))
     assert peak([said, {"goodput": 7}]) == {"goodput": 7} and peak([]) is None
 
