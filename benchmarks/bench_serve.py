@@ -14,7 +14,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import torch
 
 from miss.benchmarks import answer_models, record
 from miss.benchmarks.answer_rounds import spread
-from miss.benchmarks.load import Busy
 from miss.benchmarks.peers.catalogue import ENTRIES
 from miss.benchmarks.peers.process import PeerError, convert
 from miss.benchmarks.serve_figures import Visit, arrivals, holds, peak, percentiles, point
@@ -94,8 +93,8 @@ class Bench:
         return self.load(name, cell, count, do="closed", at_once=at_once, **how)
 
 
-def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """The whole measurement, as one object."""
+def run(options: Options, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The whole measurement, as one object; `keep` is handed what is known of it after each part."""
     checkpoint = find_checkpoint(options.checkpoint)
     threads = options.threads or torch.get_num_threads()
     work = options.work / "serve" / checkpoint.name
@@ -107,31 +106,54 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         kinds = [kind if kind.ours else tuned(kind, checkpoint, options, work, threads, say) for kind in kinds]
     environment = {**record.environment(torch.device("cpu")), "threads": threads, "before": record.moment()}
     with contextlib.ExitStack() as stack:
-        servers: dict[str, Running] = {}
-        for kind in kinds:
-            say(f"starting {kind.name}")
-            try:
-                servers[kind.name] = stack.enter_context(start(kind, checkpoint, work, threads))
-                servers[kind.name].pause()
-            except ServerError as error:
-                failed[kind.name] = str(error)
-                say(str(error))
+        servers = _started(stack, kinds, failed, checkpoint, work, threads, say)
         bench = Bench(options, stack.enter_context(client(paths, questions, work)), servers, say)
-        busy = Busy(lambda: 0.0)
-        result = {
-            "benchmark": "serve",
-            "checkpoint": checkpoint.name,
-            "limit": options.limit,
+        result: dict[str, Any] = {
+            **{"benchmark": "serve", "checkpoint": checkpoint.name, "limit": options.limit, "failed": failed},
             "servers": {k.name: {"precision": k.precision, "flags": k.flags, "ours": k.ours} for k in kinds},
-            "failed": failed,
-            "answers": answers(bench),
-            "single": {p: single(bench, checkpoint, p, work, threads) for p in options.precisions},
+            **{
+                "environment": environment,
+                "answers": answers(bench),
+                "single": {},
+                "closed": {},
+                "ratios": {},
+                "open": {},
+            },
         }
+        result["single"] = {p: single(bench, checkpoint, p, work, threads) for p in options.precisions}
+        keep(result)
         result["closed"] = closed(bench)
         result["ratios"] = ratios(result["closed"], [k for k in kinds if k.name in servers])
-        result["open"] = sweeps(bench, result["closed"])
-        result["busy"] = round(busy.others(), 3)
-    return {**result, "environment": environment | {"after": record.moment()}}
+        keep(result)
+        for name, label, found in sweeps(bench, result["closed"]):
+            result["open"].setdefault(name, {})[label] = found
+            keep(result)
+    environment["after"] = record.moment()
+    return result
+
+
+def _started(
+    stack: contextlib.ExitStack,
+    kinds: Sequence[Kind],
+    failed: dict[str, str],
+    checkpoint: Path,
+    work: Path,
+    threads: int,
+    say: Callable[[str], None],
+) -> dict[str, Running]:
+    """Those that could be started, ready and standing still; why the others could not goes to `failed`."""
+    servers: dict[str, Running] = {}
+    for kind in kinds:
+        say(f"starting {kind.name}")
+        try:
+            servers[kind.name] = stack.enter_context(start(kind, checkpoint, work, threads))
+            servers[kind.name].pause()
+        except ServerError as error:
+            failed[kind.name] = str(error)
+            say(str(error))
+    if not any(kind.ours for kind in kinds if kind.name in servers):
+        raise ValueError(f"no server of ours could be started: {'; '.join(failed.values())}")
+    return servers
 
 
 def _kinds(options: Options, checkpoint: Path, work: Path, threads: int) -> tuple[list[Kind], dict[str, str]]:
@@ -278,16 +300,14 @@ def ratios(found: dict[str, Any], kinds: Sequence[Kind]) -> dict[str, Any]:
     return result
 
 
-def sweeps(bench: Bench, found: dict[str, Any]) -> dict[str, Any]:
+def sweeps(bench: Bench, found: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Rates upwards by server and cell, until goodput falls; of ours the first precision."""
-    result: dict[str, Any] = {}
     for name, cells in found.items():
         if name.startswith("miss-") and name != f"miss-{bench.options.precisions[0]}":
             continue
         for label in (label for label in cells if label in CELLS):
             capacity = cells[label]["questions_per_s"]["median"] / CELLS[label]["questions"]
-            result.setdefault(name, {})[label] = _sweep(bench, name, label, capacity)
-    return result
+            yield name, label, _sweep(bench, name, label, capacity)
 
 
 def _sweep(bench: Bench, name: str, label: str, capacity: float) -> dict[str, Any]:

@@ -384,7 +384,7 @@ class ServeArgs:
     work: Path | None = None
     """Folder of what peers were converted to; default miss-engine/peers in the user's cache."""
     out: Path = Path("benchmarks/results")
-    """For serve.json, serve.md and plots."""
+    """For serve.json and serve.md, written after each part, and plots."""
     plots: bool = True
     """Draw them (needs matplotlib)."""
     json: bool = False
@@ -408,7 +408,12 @@ def serve(args: ServeArgs) -> int:
     options = bench_serve.Options(
         args.checkpoint, args.precision, peers, args.limit, *lengths, args.threads, args.tune, args.data, work
     )
-    result = bench_serve.run(options, say) | {"quick": args.quick}
+    usual = signal.signal(signal.SIGTERM, _terminated)  # the servers then end with it
+    try:
+        result = bench_serve.run(options, say, lambda known: serve_report.write(args.out, known, False))
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    result["quick"] = args.quick
     serve_report.write(args.out, result, args.plots)
     if not args.json:
         print(serve_report.table(result))
