@@ -13,8 +13,13 @@ Result = dict[str, Any]
 
 
 def table(result: Result) -> str:
-    """Markdown: the answers, one request at a time, the closed loop, its ratios, and where each sweep ends."""
-    return "\n".join([*_head(result), *_single(result), *_closed(result), *_ratios(result), *_open(result), ""])
+    """Markdown: answers, one request at a time, the closed loop, its ratios, the sweeps; what was not measured is left
+    out."""
+    lines = _head(result)
+    for name, part in {"single": _single, "closed": _closed, "ratios": _ratios, "open": _open}.items():
+        if result[name]:
+            lines += part(result)
+    return "\n".join([*lines, ""])
 
 
 def _head(result: Result) -> list[str]:
