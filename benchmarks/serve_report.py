@@ -121,7 +121,7 @@ def _curves(curves: dict[str, list[dict[str, Any]]], what: str, limit: float) ->
     axes.set_xlabel("visits offered a second")
     axes.set_ylabel(f"answered within {limit:g} s, a second" if what == "goodput" else "p99 from being due, ms")
     axes.set_xscale("log")
-    axes.set_yscale("log" if what == "p99" else "linear")
+    axes.set_yscale("log" if what == "p99" else "symlog")  # a goodput may be 0
     axes.legend(fontsize=8)
     return _png(figure)
 
