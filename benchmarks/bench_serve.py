@@ -14,7 +14,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import torch
 
 from miss.benchmarks import answer_models, record
 from miss.benchmarks.answer_rounds import spread
-from miss.benchmarks.load import Busy
 from miss.benchmarks.peers.catalogue import ENTRIES
 from miss.benchmarks.peers.process import PeerError, convert
 from miss.benchmarks.serve_figures import Visit, arrivals, holds, peak, percentiles, point
@@ -38,6 +37,7 @@ CELLS = {  # questions of a visit, how many images come round (0: none comes twi
 }
 SHARES = (0.4, 0.7, 0.9, 1.2, 1.6)  # of a closed loop's throughput
 PLAIN_BODY = {"together": False, "fields": {}}
+BLOCK = 8  # requests of one at a time, before the other side has its turn
 AT_ONCE = 4  # visits of a closed loop
 QUESTIONS = (
     *("what modality is used to take this image?", "is this image normal?", "which organ is shown?"),
@@ -62,6 +62,7 @@ class Options:
     compared: int = 48
     threads: int = 0
     tune: bool = False
+    parts: tuple[str, ...] = ("single", "closed", "open")
     data: Path | None = None
     work: Path = field(default_factory=answer_models.default_work)
 
@@ -94,8 +95,8 @@ class Bench:
         return self.load(name, cell, count, do="closed", at_once=at_once, **how)
 
 
-def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """The whole measurement, as one object."""
+def run(options: Options, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The whole measurement, as one object; `keep` is handed what is known of it after each part."""
     checkpoint = find_checkpoint(options.checkpoint)
     threads = options.threads or torch.get_num_threads()
     work = options.work / "serve" / checkpoint.name
@@ -107,31 +108,58 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         kinds = [kind if kind.ours else tuned(kind, checkpoint, options, work, threads, say) for kind in kinds]
     environment = {**record.environment(torch.device("cpu")), "threads": threads, "before": record.moment()}
     with contextlib.ExitStack() as stack:
-        servers: dict[str, Running] = {}
-        for kind in kinds:
-            say(f"starting {kind.name}")
-            try:
-                servers[kind.name] = stack.enter_context(start(kind, checkpoint, work, threads))
-                servers[kind.name].pause()
-            except ServerError as error:
-                failed[kind.name] = str(error)
-                say(str(error))
+        servers = _started(stack, kinds, failed, checkpoint, work, threads, say)
         bench = Bench(options, stack.enter_context(client(paths, questions, work)), servers, say)
-        busy = Busy(lambda: 0.0)
-        result = {
-            "benchmark": "serve",
-            "checkpoint": checkpoint.name,
-            "limit": options.limit,
+        result: dict[str, Any] = {
+            **{"benchmark": "serve", "checkpoint": checkpoint.name, "limit": options.limit, "failed": failed},
             "servers": {k.name: {"precision": k.precision, "flags": k.flags, "ours": k.ours} for k in kinds},
-            "failed": failed,
-            "answers": answers(bench),
-            "single": {p: single(bench, checkpoint, p, work, threads) for p in options.precisions},
+            **{
+                "environment": environment,
+                "answers": answers(bench),
+                "single": {},
+                "closed": {},
+                "ratios": {},
+                "open": {},
+            },
         }
+        result["single"] = {
+            p: single(bench, checkpoint, p, work, threads) for p in options.precisions if "single" in options.parts
+        }
+        keep(result)
+        if "closed" not in options.parts:
+            return result
         result["closed"] = closed(bench)
         result["ratios"] = ratios(result["closed"], [k for k in kinds if k.name in servers])
-        result["open"] = sweeps(bench, result["closed"])
-        result["busy"] = round(busy.others(), 3)
-    return {**result, "environment": environment | {"after": record.moment()}}
+        keep(result)
+        for name, label, found in sweeps(bench, result["closed"] if "open" in options.parts else {}):
+            result["open"].setdefault(name, {})[label] = found
+            keep(result)
+    environment["after"] = record.moment()
+    return result
+
+
+def _started(
+    stack: contextlib.ExitStack,
+    kinds: Sequence[Kind],
+    failed: dict[str, str],
+    checkpoint: Path,
+    work: Path,
+    threads: int,
+    say: Callable[[str], None],
+) -> dict[str, Running]:
+    """Those that could be started, ready and standing still; why the others could not goes to `failed`."""
+    servers: dict[str, Running] = {}
+    for kind in kinds:
+        say(f"starting {kind.name}")
+        try:
+            servers[kind.name] = stack.enter_context(start(kind, checkpoint, work, threads))
+            servers[kind.name].pause()
+        except ServerError as error:
+            failed[kind.name] = str(error)
+            say(str(error))
+    if not any(kind.ours for kind in kinds if kind.name in servers):
+        raise ValueError(f"no server of ours could be started: {'; '.join(failed.values())}")
+    return servers
 
 
 def _kinds(options: Options, checkpoint: Path, work: Path, threads: int) -> tuple[list[Kind], dict[str, str]]:
@@ -192,7 +220,10 @@ def answers(bench: Bench) -> dict[str, Any]:
 
 
 def single(bench: Bench, checkpoint: Path, precision: str, work: Path, threads: int) -> dict[str, Any]:
-    """p50 of one request at a time through HTTP over the engine alone: images never seen, and one just asked about."""
+    """p50 of one request at a time through HTTP over the engine alone: new images, and images asked about before.
+
+    In blocks on one connection, in turn; a block's first request, that finds the process just woken, is left out.
+    """
     name = f"miss-{precision}"
     if name not in bench.servers:
         return {}
@@ -205,25 +236,20 @@ def single(bench: Bench, checkpoint: Path, precision: str, work: Path, threads: 
         engine.pause()
         for cell_name in ("unique-cold", "unique-warm"):
             cell, http, inside = CELLS[cell_name], [], []
-            for turn in range(bench.options.single + 3):
-                number = bench.next
-                http.append(bench.closed(name, cell, 1, at_once=1)[0].latency)
-                asked = pictures.body(number, cell, PLAIN_BODY)[0]
+            for block in range(1 + max(1, bench.options.single // BLOCK)):
+                numbers = range(bench.next, bench.next + BLOCK + 1)
+                through = [v.latency for v in bench.closed(name, cell, BLOCK + 1, at_once=1)][1:]
+                asked = [json.loads(pictures.body(number, cell, PLAIN_BODY)[0]) for number in numbers]
                 engine.resume()
-                inside.append(engine.ask(json.loads(asked))["seconds"])
+                within = [engine.ask(one)["seconds"] for one in asked][1:]
                 engine.pause()
-                if turn < 3 and cell["images"] == 0:
-                    http.clear()
-                    inside.clear()
-            skip = cell["images"] if cell["images"] < len(http) else 0  # the images of a warm cell are new at first
-            http, inside = http[skip:], inside[skip:]
+                if block:  # the first warms up: it has all images of a warm cell
+                    http += through
+                    inside += within
             ratio = statistics.median(http) / statistics.median(inside)
             found[cell_name] = {
                 **{"http_ms": percentiles(http), "engine_ms": percentiles(inside), "requests": len(http)},
-                **{
-                    "ratio_p50": round(ratio, 4),
-                    "ratios": spread([a / b for a, b in zip(http, inside, strict=True)], 1),
-                },
+                "ratio_p50": round(ratio, 4),
             }
             bench.say(f"{name}, one at a time, {cell_name}: {ratio:.3f}x the engine alone")
         engine.resume()
@@ -278,16 +304,14 @@ def ratios(found: dict[str, Any], kinds: Sequence[Kind]) -> dict[str, Any]:
     return result
 
 
-def sweeps(bench: Bench, found: dict[str, Any]) -> dict[str, Any]:
+def sweeps(bench: Bench, found: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Rates upwards by server and cell, until goodput falls; of ours the first precision."""
-    result: dict[str, Any] = {}
     for name, cells in found.items():
         if name.startswith("miss-") and name != f"miss-{bench.options.precisions[0]}":
             continue
         for label in (label for label in cells if label in CELLS):
             capacity = cells[label]["questions_per_s"]["median"] / CELLS[label]["questions"]
-            result.setdefault(name, {})[label] = _sweep(bench, name, label, capacity)
-    return result
+            yield name, label, _sweep(bench, name, label, capacity)
 
 
 def _sweep(bench: Bench, name: str, label: str, capacity: float) -> dict[str, Any]:

@@ -13,8 +13,13 @@ Result = dict[str, Any]
 
 
 def table(result: Result) -> str:
-    """Markdown: the answers, one request at a time, the closed loop, its ratios, and where each sweep ends."""
-    return "\n".join([*_head(result), *_single(result), *_closed(result), *_ratios(result), *_open(result), ""])
+    """Markdown: answers, one request at a time, the closed loop, its ratios, the sweeps; what was not measured is left
+    out."""
+    lines = _head(result)
+    for name, part in {"single": _single, "closed": _closed, "ratios": _ratios, "open": _open}.items():
+        if result[name]:
+            lines += part(result)
+    return "\n".join([*lines, ""])
 
 
 def _head(result: Result) -> list[str]:
@@ -116,7 +121,7 @@ def _curves(curves: dict[str, list[dict[str, Any]]], what: str, limit: float) ->
     axes.set_xlabel("visits offered a second")
     axes.set_ylabel(f"answered within {limit:g} s, a second" if what == "goodput" else "p99 from being due, ms")
     axes.set_xscale("log")
-    axes.set_yscale("log" if what == "p99" else "linear")
+    axes.set_yscale("log" if what == "p99" else "symlog")  # a goodput may be 0
     axes.legend(fontsize=8)
     return _png(figure)
 

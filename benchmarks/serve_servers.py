@@ -154,7 +154,8 @@ class Running:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # what it never read
+                    pipe.close()
 
     def __enter__(self) -> "Running":
         return self

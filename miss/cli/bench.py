@@ -377,6 +377,8 @@ class ServeArgs:
     """Of every server. 0: as PyTorch decides."""
     tune: bool = False
     """First try a few settings of each peer (pool; batch size and wait, workers, transport), and take the best."""
+    parts: tuple[Literal["single", "closed", "open"], ...] = ("single", "closed", "open")
+    """One request at a time against the engine alone; the closed loop; Poisson arrivals, which want the closed loop."""
     quick: bool = False
     """Whether it runs at all: one round, short turns and rates; says nothing about speed."""
     data: Path | None = None
@@ -384,7 +386,7 @@ class ServeArgs:
     work: Path | None = None
     """Folder of what peers were converted to; default miss-engine/peers in the user's cache."""
     out: Path = Path("benchmarks/results")
-    """For serve.json, serve.md and plots."""
+    """For serve.json and serve.md, written after each part, and plots."""
     plots: bool = True
     """Draw them (needs matplotlib)."""
     json: bool = False
@@ -404,11 +406,25 @@ def serve(args: ServeArgs) -> int:
     work = (args.work or answer_models.default_work()).resolve()
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     peers = tuple(name for name in args.peers if name != "none")
-    lengths = (1, 0.2, 0.5, 4, 4) if args.quick else (args.rounds, args.turn, args.seconds, 30, 40)
+    lengths = (1, 0.2, 0.5, 4, 4) if args.quick else (args.rounds, args.turn, args.seconds, 40, 40)
     options = bench_serve.Options(
-        args.checkpoint, args.precision, peers, args.limit, *lengths, args.threads, args.tune, args.data, work
+        args.checkpoint,
+        args.precision,
+        peers,
+        args.limit,
+        *lengths,
+        args.threads,
+        args.tune,
+        args.parts,
+        args.data,
+        work,
     )
-    result = bench_serve.run(options, say) | {"quick": args.quick}
+    usual = signal.signal(signal.SIGTERM, _terminated)  # the servers then end with it
+    try:
+        result = bench_serve.run(options, say, lambda known: serve_report.write(args.out, known, False))
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    result["quick"] = args.quick
     serve_report.write(args.out, result, args.plots)
     if not args.json:
         print(serve_report.table(result))
