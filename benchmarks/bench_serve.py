@@ -95,7 +95,7 @@ class Bench:
         return self.load(name, cell, count, do="closed", at_once=at_once, **how)
 
 
-def run(options: Options, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run(options: Options, say: Callable[[str], None], keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     """The whole measurement, as one object; `keep` is handed what is known of it after each part."""
     checkpoint = find_checkpoint(options.checkpoint)
     threads = options.threads or torch.get_num_threads()
