@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    engine, params = Engine.load(args.checkpoint, args.precision), SamplingParams(num_alternatives=0)
+    engine, params = Engine.load(args.checkpoint, args.precision), SamplingParams()
     for line in sys.stdin:
         asked = json.loads(line)
         image = base64.b64decode(asked["image"])
