@@ -20,7 +20,7 @@ QUESTIONS = ("is there a mass?", "which organ", "ct", "left lung?")
 
 def test_an_engine_killed_thrice_ends_its_requests_and_comes_back(server):
     for _ in range(3):
-        assert killed_engine(server) < 10
+        assert killed_engine(server) < 20  # 10 in soak, where nothing else wants the machine
 
 
 def killed_engine(server):
@@ -155,5 +155,6 @@ def test_two_thousand_clients_that_vanish(server):
 @pytest.mark.soak
 def test_engine_and_decoders_killed_twenty_times(server):
     took = [killed_engine(server) for _ in range(20)]
+    assert max(took) < 10, took
     killed_decoders(server, 20)
     print(json.dumps({"ready_again_seconds": {"slowest": round(max(took), 2), "mean": round(sum(took) / 20, 2)}}))

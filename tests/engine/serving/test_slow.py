@@ -61,7 +61,7 @@ def test_slow_clients_are_closed_by_their_deadline(served, kind):
     (closed,) = json.loads(process.communicate(timeout=30)[0]).values()
     assert all(seconds is not None and seconds < DEADLINES[kind] + 5 for seconds in closed), closed
     assert min(closed) > DEADLINES[kind] * 0.8, "closed before their time was over"
-    assert statistics.median(took) < 1 and len(took) > 5
+    assert statistics.median(took) < 1
     wait(lambda: abs(served.descriptors() - before) <= 2, 5, "their descriptors' being free")
     wait(served.idle)
     served.law()
