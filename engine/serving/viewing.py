@@ -59,7 +59,7 @@ class ImageResponse(BaseModel):
     num_frames: int | None
     frame: int
     windowed: bool
-    window: tuple[float, float] | None
+    window: Annotated[list[float], Field(min_length=2, max_length=2)] | None
     seconds: float
 
 

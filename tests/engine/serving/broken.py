@@ -5,10 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-import pydicom
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 
 def picture(mode="RGB", size=(48, 36), kind="PNG", seed=0, **options):
@@ -39,6 +36,10 @@ def png_that_declares(width, height, data=b"", chunks=()):
 
 def dicom(text, bits=8, size=(16, 16), **tags):
     """A file with the text in its tags, of so many bits a value; tags: what to say instead."""
+    import pydicom
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
         SecondaryCaptureImageStorage,

@@ -37,7 +37,7 @@ def known(server):
 
 def crowd(server, count, clients):
     """All open, then all ask -> what they were told, added up."""
-    command = [sys.executable, "-P", "-m", "tests.engine.serving.crowd"]
+    command = [sys.executable, "-m", "tests.engine.serving.crowd"]
     asked, share, running = known(server), count // clients, []
     for number in range(clients):
         given = {"asked": asked, "address": server.address, "source": f"127.0.0.{2 + number}"}

@@ -109,13 +109,12 @@ def test_a_decoder_that_dies_each_time_refuses_the_image():
 
 
 def test_a_mistake_of_ours_is_no_image_s_fault_and_is_written_down(monkeypatch, caplog):
-    kind, told = answer(
-        png(1), {"frame": None, "window": None, "facts": False}, None, ImageLimits()
-    )  # no preprocessing: ours
+    asked = {"frame": None, "window": None, "facts": False}
+    kind, told = answer(png(1), asked, None, ImageLimits())  # no preprocessing: ours
     assert kind == MISTAKE and json.loads(told)["exception"] == "AttributeError"
     assert "processor.py" in json.loads(told)["at"][-1]
 
-    async def mistaken(self, *asked):
+    async def mistaken(self, *_):
         return MISTAKE, told
 
     async def use(pool):
@@ -123,7 +122,7 @@ def test_a_mistake_of_ours_is_no_image_s_fault_and_is_written_down(monkeypatch, 
             await pool.decode(png(1))
         return refused.value.code
 
-    monkeypatch.setattr(Worker, "decode", mistaken)
+    monkeypatch.setattr(Worker, "ask", mistaken)
     with caplog.at_level(logging.ERROR, LOGGER):
         code, ended = with_pool(use)
     assert code == "internal" and not ended

@@ -30,7 +30,7 @@ def served(folder, tmp_path_factory):
 
 
 def start(server, clients, longest, tick=0.1, seconds=0.0):
-    command = [sys.executable, "-P", "-m", "tests.engine.serving.slow"]
+    command = [sys.executable, "-m", "tests.engine.serving.slow"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     large = json.dumps({"image": data_url(png(3)), **LARGE})
     given = {"address": server.address, "clients": clients, "longest": longest, "large": large}
