@@ -10,8 +10,6 @@ from miss.models.config import PreprocessConfig
 
 # These make DICOM files.
 collect_ignore = [] if importlib.util.find_spec("pydicom") else ["test_images.py", "test_facts.py"]
-    [] if importlib.util.find_spec("pydicom") else ["test_images.py", "test_facts.py"]
-)  # they make DICOM files
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] is there a an the in this image what which organ of left right lung liver brain "
