@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,8 +60,7 @@ class EngineServer:
             answer = await (self._stream(number, *asked) if stream else self.front.answer(*asked))
             shown = self._shown(answer)
             if item["look"]:
-                look = asyncio.to_thread(self.engine.look, pixels, item["question"], answer.token_ids)
-                shown["attention"] = as_lists(await look)
+                shown["attention"] = as_lists(await self.front.look(pixels, item["question"], answer.token_ids))
             self._send(op="answer", id=number, answer=shown, prompt_tokens=tokens)
         except ValueError as error:
             self._send(op="error", id=number, code=word(error))
@@ -131,8 +131,9 @@ async def serve(sock: socket.socket, given: dict[str, Any]) -> None:
     reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 20)
     try:
         config = EngineConfig(**given["config"])
-        engine = Engine.load(given["checkpoint"], given["precision"], given["device"], config)
-        front = AsyncEngine(engine, max_wait=given["max_wait"])
+        load = partial(Engine.load, given["checkpoint"], given["precision"], given["device"], config)
+        front = AsyncEngine(load, max_wait=given["max_wait"])
+        engine = front.engine
         await front.answer(engine.processor.blank, "is this image normal?", SamplingParams(num_alternatives=0))
     except (ValueError, OSError) as error:  # the one who starts the server reads it; no request has come yet
         frames.write(writer, {"op": "failed", "message": " ".join(str(error).split())})

@@ -51,6 +51,33 @@ def test_many_at_once_are_answered_as_one_by_one(folder, engine):
     assert not [t for t in threading.enumerate() if t.name.startswith("miss-")]
 
 
+def test_the_thread_that_steps_loads_and_looks_and_says_what_is_wrong(folder):
+    """A second thread with OpenMP workers of its own slows all: 1.65 times with int8."""
+    threads = []
+
+    def load():
+        threads.append(threading.current_thread().name)
+        return Engine.load(folder)
+
+    async def main():
+        async with AsyncEngine(load) as front:
+            answer = await front.answer(image(0), QUESTIONS[0])
+            pixels = front.engine.processor.image(image(0))
+            look, seen = front.engine.look, (pixels, QUESTIONS[0], answer.token_ids)
+            front.engine.look = lambda *asked: (threads.append(threading.current_thread().name), look(*asked))[1]
+            found = await front.look(*seen)
+            with pytest.raises(ValueError):
+                await front.look(pixels, "", answer.token_ids)
+            assert (found.maps == look(*seen).maps).all()
+        with pytest.raises(Closed):
+            await front.look(*seen)
+
+    asyncio.run(main())
+    assert threads == ["miss-step"] * 3
+    with pytest.raises(ZeroDivisionError):
+        AsyncEngine(lambda: 1 // 0)
+
+
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(num_alternatives=0)])
 def test_greedy_streams_beginnings_of_its_answer(engine, params):
     async def main():
