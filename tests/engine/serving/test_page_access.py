@@ -12,6 +12,23 @@ REASON = browser.missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
+def choose_by_enter(page, tries=3):
+    """Presses again where nothing came of it: on a machine with no core free the browser drops a dialog whose key press
+    is too long ago for it (once in some ten runs beside the rest of the suite)."""
+    from playwright.sync_api import TimeoutError as Late
+
+    for left in reversed(range(tries)):
+        try:
+            with page.expect_file_chooser(timeout=8000) as chooser:
+                page.keyboard.press("Enter")
+        except Late:
+            if not left:
+                raise
+        else:
+            chooser.value.set_files(XRAY)
+            return
+
+
 def test_by_keyboard_alone(opened):
     watched = opened()
     page = watched.open()
@@ -31,9 +48,7 @@ def test_by_keyboard_alone(opened):
     assert page.evaluate("document.activeElement.id") == "question"
     page.keyboard.press("Shift+Tab")
     assert page.evaluate("document.activeElement.id") == "file"
-    with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
-    chooser.value.set_files(XRAY)
+    choose_by_enter(page)
     page.locator("#picture").wait_for()
     tab_to("question")
     page.keyboard.type("Which organ is shown")
