@@ -179,8 +179,10 @@ class AsyncEngine:
                 self._change.wait_for(wanted)
                 looks = list(self._looks)
                 self._looks.clear()
-                if not self.engine.busy and not looks:
-                    return
+                if not self.engine.busy and not looks:  # the last one may have been cancelled since: that is no end
+                    if self._closing and not self._num_reading:
+                        return
+                    continue
                 if self.engine.busy and not self.engine.scheduler.running:
                     self._gather()
             for found, asked in looks:

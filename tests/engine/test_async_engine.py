@@ -78,6 +78,27 @@ def test_the_thread_that_steps_loads_and_looks_and_says_what_is_wrong(folder):
         AsyncEngine(lambda: 1 // 0)
 
 
+def test_who_is_cancelled_as_the_thread_wakes_up_does_not_end_it(engine, monkeypatch):
+    seen = []
+
+    def busy(engine):  # as the thread is woken: somebody waits; when it looks again: nobody any more
+        if seen and seen.pop():
+            return True
+        return engine.scheduler.busy
+
+    async def main():
+        async with AsyncEngine(engine) as front:
+            monkeypatch.setattr(Engine, "busy", property(busy))
+            with front._change:
+                seen.append(True)
+                front._change.notify()
+            await asyncio.sleep(0.2)
+            assert not seen
+            return await asyncio.wait_for(front.answer(image(0), QUESTIONS[0]), 20)
+
+    assert asyncio.run(main()).token_ids
+
+
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(num_alternatives=0)])
 def test_greedy_streams_beginnings_of_its_answer(engine, params):
     async def main():
