@@ -374,7 +374,7 @@ def _device(name: str, place: Place) -> torch.device:
     if place.local_rank >= torch.cuda.device_count():
         raise LauncherError(
             f"device: {torch.cuda.device_count()} CUDA devices here, this is process {place.local_rank} of this "
-            f"machine; start one process a device"
+            f"machine; start one process a device, and let each see all devices (srun: without --gpus-per-task)"
         )
     if place.world_size == 1:
         return torch.device("cuda")
