@@ -27,7 +27,8 @@ from miss.engine.training.board import ENDED_EARLY, Board, Cause, agree_on_attem
 
 T = TypeVar("T")
 
-_FIRST_PORT, _NUM_PORTS = 20000, 20000  # where srun's processes meet: a port that follows from the job's number
+# Where srun's processes meet: a port that follows from the numbers of job and step, below those that systems hand out.
+_FIRST_PORT, _NUM_PORTS, _STEPS = 20000, 12000, 8
 
 
 class LauncherError(ValueError):
@@ -92,7 +93,8 @@ def first_host(names: str) -> str:
 def _port(environment: Mapping[str, str]) -> int:
     if "MASTER_PORT" in environment:
         return _number(environment, "MASTER_PORT")
-    return _FIRST_PORT + int(environment.get("SLURM_JOB_ID", "0")) % _NUM_PORTS
+    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return _FIRST_PORT + (job * _STEPS + step) % _NUM_PORTS
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -372,7 +374,7 @@ def _device(name: str, place: Place) -> torch.device:
     if place.local_rank >= torch.cuda.device_count():
         raise LauncherError(
             f"device: {torch.cuda.device_count()} CUDA devices here, this is process {place.local_rank} of this "
-            f"machine; start one process a device"
+            f"machine; start one process a device, and let each see all devices (srun: without --gpus-per-task)"
         )
     if place.world_size == 1:
         return torch.device("cuda")

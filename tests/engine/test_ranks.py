@@ -17,13 +17,16 @@ SRUN = {
     "SLURM_LOCALID": "1",
     "SLURM_STEP_NODELIST": "gpu[03-04,07],other9",
     "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "1",
 }
 
 
 def test_launchers():
     assert place_from({}) == Place()
     assert place_from(TORCHRUN) == Place(3, 4, 1)
-    assert place_from(SRUN) == Place(5, 8, 1, ("gpu03", 20000 + 123456 % 20000))
+    assert place_from(SRUN) == Place(5, 8, 1, ("gpu03", 20000 + (8 * 123456 + 1) % 12000))
+    meet = {place_from({**SRUN, "SLURM_STEP_ID": str(step)}).meet for step in range(8)}
+    assert len(meet) == 8, "steps of one job that run at the same time do not meet each other"
     assert place_from({**SRUN, "MASTER_ADDR": "b", "MASTER_PORT": "7"}).meet == ("b", 7)
     assert place_from({**SRUN, **TORCHRUN}) == Place(3, 4, 1), "torchrun inside srun: torchrun's"
     batch_script = {k: v for k, v in SRUN.items() if k != "SLURM_STEP_NUM_TASKS"}
