@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -42,14 +43,19 @@ class EngineServer:
         if message["op"] == "ask":
             pixels = np.frombuffer(bytearray(data), np.uint8).reshape(message["shape"])
             for item in message["items"]:
-                ask = self._ask(item, pixels, message["timeout"], message["stream"])
-                self._tasks[item["id"]] = asyncio.get_running_loop().create_task(ask)
+                self._start(item["id"], self._ask(item, pixels, message["timeout"], message["stream"]))
         elif message["op"] == "cancel":
             for number in message["ids"]:
                 if number in self._tasks:
                     self._tasks[number].cancel()
         elif message["op"] == "stats":
             self._send(op="stats", id=message["id"], stats=self.engine.stats.to_dict())
+
+    def _start(self, number: int, ask: Coroutine[Any, Any, None]) -> None:
+        """Forgotten when the task ends, not by the coroutine: one that is cancelled before its first step never runs
+        (its question and its cancellation came together), and kept its pixels for ever."""
+        task = self._tasks[number] = asyncio.get_running_loop().create_task(ask)
+        task.add_done_callback(lambda _: self._tasks.pop(number))
 
     async def _ask(self, item: dict[str, Any], pixels: np.ndarray, timeout: float | None, stream: bool) -> None:
         number = item["id"]
@@ -67,8 +73,6 @@ class EngineServer:
         except Exception:  # a fault of ours: it ends this question and no other
             logging.getLogger(logs.LOGGER).exception("question_failed")
             self._send(op="error", id=number, code="fault")
-        finally:
-            del self._tasks[number]
 
     async def _stream(self, number: int, *asked: Any) -> Answer:
         """Sends the text each time that it has grown."""
