@@ -4,11 +4,12 @@ import asyncio
 import gc
 import socket
 import tracemalloc
+from collections import deque
 from functools import partial
 
 from miss.engine.runtime.async_engine import AsyncEngine
 from miss.engine.runtime.engine import Engine
-from miss.engine.serving.engine_process import EngineServer
+from miss.engine.serving.engine_process import EngineServer, settle
 
 SIDE = 400
 PIXELS = bytes(3 * SIDE * SIDE)
@@ -61,3 +62,19 @@ def test_a_question_that_is_cancelled_at_once_or_later_leaves_nothing_behind(fol
 
     later, at_once = asyncio.run(main())
     assert later < len(PIXELS) and at_once < len(PIXELS), (later, at_once)
+
+
+def test_the_collector_soon_looks_at_what_came_after_the_start():
+    """Cycles that have grown old, as those of failed questions, are not kept for long."""
+    settle()
+    try:
+        assert gc.get_freeze_count() > 10_000, "what was loaded"
+        before, held = gc.get_stats()[2]["collections"], deque(maxlen=10_000)
+        for number in range(160_000):
+            one = []
+            one.append(one)
+            if not number % 5:
+                held.append(one)
+        assert gc.get_stats()[2]["collections"] > before
+    finally:
+        gc.unfreeze()
