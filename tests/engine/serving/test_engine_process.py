@@ -66,6 +66,7 @@ def test_a_question_that_is_cancelled_at_once_or_later_leaves_nothing_behind(fol
 
 def test_the_collector_soon_looks_at_what_came_after_the_start():
     """Cycles that have grown old, as those of failed questions, are not kept for long."""
+    gc.collect()
     settle()
     try:
         assert gc.get_freeze_count() > 10_000, "what was loaded"
