@@ -19,6 +19,8 @@ from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.request import Cancelled, DeadlinePassed, QueueFull, Request, RequestImage, State
 from miss.engine.runtime.slots import Slots
 
+_LEAST_KEPT = 64  # entries of deadlines that are never worth a look through
+
 
 @dataclass
 class Turn:
@@ -102,6 +104,15 @@ class Scheduler:
             deadline, _, request = heapq.heappop(self._deadlines)
             late = now - deadline
             self._end(request, DeadlinePassed(f"the request's time ran out {late:.3f} s ago; give it a longer timeout"))
+        if len(self._deadlines) > _LEAST_KEPT + 2 * (self.num_waiting + len(self.running)):
+            self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        """Requests that ended long before their time, behind one of less time that has not: they held their answers,
+        or their images, until its end."""
+        with self._lock:
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].done]
+            heapq.heapify(self._deadlines)
 
     def _end(self, request: Request, error: ValueError) -> None:
         if request.done:
@@ -109,6 +120,7 @@ class Scheduler:
         if request.state == State.WAITING:
             with self._lock:
                 self._leave(request)
+            request.image = None  # its pixels are not kept for those who still look at how it ended
             self._ended.append(request)
         request.fail(error)
 

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 ENGINES = ("checkpoint", "precision", "device", "threads", "max_batch_size", "max_wait", "max_waiting", "hang_timeout")
 SUMMED = ("waiting", "running", "answer_slots")
 LOOKS_EACH, LOOK_TIMEOUT = 0.5, 5.0
+REACH_TIMEOUT = 5.0
 TRIES = 4
 
 
@@ -61,7 +63,8 @@ class RayEngine:
             self._handle = await asyncio.to_thread(self._deploy)
         except (RayError, RayServeException, RuntimeError, OSError) as error:
             logging.getLogger(LOGGER).exception("ray_failed")
-            raise CannotStart("Ray cannot be started or reached here; wanted a free machine, or its address") from error
+            wanted = "a free machine, or a cluster's address and its token"
+            raise CannotStart(f"Ray cannot be started or reached here; wanted {wanted}") from error
         if threading.current_thread() is threading.main_thread():  # ours again: Ray's core has put its own before it
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         while not self.ready:
@@ -82,6 +85,7 @@ class RayEngine:
             if not is_loopback(ray.util.get_node_ip_address()):
                 raise CannotStart("Ray would bind to other addresses than this machine's own; was it imported before?")
         else:
+            _reach(s.ray_address)
             ray.init(s.ray_address, **quiet)
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
         _hush()
@@ -195,6 +199,23 @@ class RayEngine:
         if self._watching is not None:
             self._watching.cancel()
         await asyncio.to_thread(ray.shutdown)
+
+
+def _reach(address: str) -> None:
+    """Of HOST:PORT, whether anybody listens: Ray itself goes on trying for more than three minutes.
+
+    Raises:
+        CannotStart: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "://" in address:  # auto, or another of Ray's words
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT).close()
+    except (OSError, OverflowError):
+        raise CannotStart(
+            f"ray-address: nothing answers at {address}; wanted auto, or the HOST:PORT that `ray start --head` named"
+        ) from None
 
 
 def _hush() -> None:

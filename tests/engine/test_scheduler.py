@@ -1,5 +1,9 @@
 """Whose turn it is: fair between images, bounded, nobody overtaken for ever, nothing lost."""
 
+import time
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -159,3 +163,31 @@ def test_a_slot_is_not_released_twice():
     with pytest.raises(KeyError):
         pool.release(slots)
     assert pool.take(3) == [0, 1, 2]
+
+
+def test_what_ended_is_not_kept_until_its_time_would_have_been_over():
+    """Behind one that has less time and has not ended: a service's clients ask with different timeouts."""
+    turns, now = scheduler(max_waiting=5000), time.monotonic()
+    slow = request(0, "slow")
+    slow.deadline = now + 10
+    turns.add(slow)
+    left, images = [], []
+    for i in range(1, 2000):
+        one = request(i, f"image {i}")
+        assert one.image is not None
+        one.deadline, one.image.pixels = now + 60, np.zeros((4, 4, 3), np.uint8)
+        images.append(weakref.ref(one.image))
+        turns.add(one)
+        turns.cancel(one)
+        turns.drop()
+        turns.collect()
+        left.append(weakref.ref(one))
+    del one
+    assert sum(ref() is not None for ref in left) < 200
+    assert not any(ref() is not None for ref in images), "an image is kept that nobody waits for"
+    assert turns.num_waiting == 1 and not slow.done
+    late = request(2000, "late")
+    late.deadline = now - 1
+    turns.add(late)
+    turns.drop()
+    assert late.done and late.state == State.FAILED and not slow.done  # deadlines are still heeded
