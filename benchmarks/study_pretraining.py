@@ -5,7 +5,8 @@
 
 Captions and packs, a start with standardised features, pretraining from it, finetuning from both with the same budget
 and two seeds, both validation splits, the table. Each stage is a `miss` command in a process of its own, printed before
-it runs; what is done is not done again, and a stage that was stopped goes on from its newest checkpoint.
+it runs; what is done is not done again, and a stage that was stopped goes on from its newest checkpoint. SIGTERM and
+Ctrl-C end the stage (training saves first), then the chain, with the stage's exit status.
 Knows commands and their order; does not know models or figures.
 """
 
@@ -14,13 +15,13 @@ import dataclasses
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from miss.benchmarks.study_stages import StageEnded, Watch
 from miss.benchmarks.study_table import ARMS, SETS, write_table
 
 CONFIGS = Path("configs/study")
@@ -125,13 +126,15 @@ def standardise(study: Study, folder: Path) -> None:
     export(run.model, run.processor, folder)
 
 
-def perform(study: Study, stage: Stage) -> None:
+def perform(study: Study, stage: Stage, watch: Watch | None = None) -> None:
     """Runs a stage that is not done, and notes that it is.
 
     Raises:
         ValueError: the folder holds a study of other settings.
-        CalledProcessError: a command failed; the same call goes on there.
+        StageEnded: a command failed, or was ended; the same call goes on there.
     """
+    watch = watch or Watch()
+    watch.stage = stage.name
     note = study.out / "done" / f"{stage.name}.json"
     words = list(stage.words)
     if note.is_file():
@@ -148,11 +151,12 @@ def perform(study: Study, stage: Stage) -> None:
         stage.work()
     else:
         environment = {**os.environ, "MISS_DATA": str(study.data)}
-        subprocess.run([sys.executable, "-m", "miss", *words], check=True, env=environment)
+        watch.run(stage.name, [sys.executable, "-m", "miss", *words], environment)
     note.parent.mkdir(parents=True, exist_ok=True)
     aside = note.with_suffix(".part")
     aside.write_text(json.dumps({"command": words, "seconds": round(time.perf_counter() - start, 1)}) + "\n")
     os.replace(aside, note)
+    watch.leave_if_asked()
 
 
 def read_study(argv: list[str] | None = None) -> Study:
@@ -206,12 +210,18 @@ def smoke(study: Study) -> Study:
 
 
 def main() -> None:
-    study = read_study()
-    for stage in stages(study):
-        perform(study, stage)
-        if stage.name == study.until:
-            return
-    print(write_table(study.out, study.seeds, study.data), end="")
+    study, watch = read_study(), Watch()
+    try:
+        with watch.caught():
+            for stage in stages(study):
+                perform(study, stage, watch)
+                if stage.name == study.until:
+                    return
+            watch.stage = "table"
+            print(write_table(study.out, study.seeds, study.data), end="")
+    except ValueError as error:
+        print(f"study_pretraining: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code if isinstance(error, StageEnded) else 1)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ class PairLoader:
         processor: of the checkpoint.
         pairs_per_step: of all processes together.
         accumulation: into how many parts a process's slice is cut; a part may be empty.
+        only: which of these parts are made, by number; None: all.
         max_tokens: a caption's, the first and [SEP] included.
         limits: of augmentation; None: images as they are. Never a flip.
         workers: how many images are decoded at a time.
@@ -129,6 +130,7 @@ class PairLoader:
         world_size: int = 1,
         accumulation: int = 1,
         *,
+        only: Sequence[int] | None = None,
         max_tokens: int = 30,
         limits: Limits | None = None,
         workers: int = 2,
@@ -146,6 +148,7 @@ class PairLoader:
         self.pairs, self.processor, self.seed = pairs, processor, seed
         self.sampler = PairSampler(len(pairs), pairs_per_step, seed)
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+        self.only = range(accumulation) if only is None else only
         self.max_tokens, self.limits, self.pin_memory = max_tokens, limits, pin_memory
         self.workers, self.processes, self.ahead = workers, processes, ahead
         self.counts = LoadCounts()
@@ -185,7 +188,7 @@ class PairLoader:
         self, index: int, decoder: Decoder, pool: ThreadPoolExecutor, builder: ThreadPoolExecutor
     ) -> Future[PairStep]:
         parts = share_of(self.sampler.visits(index), self.rank, self.world_size, self.accumulation)
-        jobs = [[pool.submit(self._load, visit, decoder) for visit in part] for part in parts]
+        jobs = [[pool.submit(self._load, visit, decoder) for visit in parts[number]] for number in self.only]
         return builder.submit(self._build, index, jobs)
 
     def _load(self, visit: PairVisit, decoder: Decoder) -> Loaded:

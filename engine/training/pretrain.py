@@ -78,7 +78,7 @@ def prepare(
     width = model.config.encoder.hidden_size
     copy, engine = build_engine(config, model, ranks, data.pairs_per_step, data.accumulation, width)
     shown = model if copy is None else copy
-    validation = PairValidation(chosen.validation, processor, config, device) if chosen.validation else None
+    validation = PairValidation(chosen.validation, processor, config, device, ranks) if chosen.validation else None
     trainer = Trainer(
         model,
         loader,
@@ -87,7 +87,7 @@ def prepare(
         output,
         device=device,
         task=task,
-        validate=None if validation is None else lambda m: ranks.on_first(lambda: validation(m)),
+        validate=validation,
         export=lambda folder: export(shown, processor, folder),
         ranks=ranks,
         copy=copy,

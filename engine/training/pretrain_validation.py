@@ -1,6 +1,6 @@
 """How good a pretraining model is on pairs that it was not trained on: its losses, and retrieval in both directions.
 
-Knows the pretraining model's towers; does not know training, files or ranks.
+Knows the pretraining model's towers and how ranks share the pairs; does not know training or files.
 
 Shapes: I distinct images, C distinct captions, P width of a feature.
 """
@@ -12,59 +12,102 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miss.engine.data.pair_loader import PairLoader, PairStep
+from miss.engine.data.augment import hash64
+from miss.engine.data.pair_loader import CorruptLimit, PairLoader, PairStep
 from miss.engine.data.pairs import Pair
 from miss.engine.data.processor import Processor
 from miss.engine.training.pretrain_config import PretrainConfig
 from miss.engine.training.pretrain_task import weighed
+from miss.engine.training.ranks import ALONE, Ranks
 from miss.models import objectives
 from miss.models.pretrain import MissPretrain, PretrainBatch
 
 RANKS = (1, 5)
+_DRAWN = 25  # what a hash is for
 
 
 class PairValidation:
-    """Called with a model, gives its figures. Images are decoded once, unaugmented, each with one caption drawn once;
-    negatives are the same every time, and PyTorch's own generator is left as it was."""
+    """Called with a model on every rank, gives its figures, the same on all. Images are decoded once, unaugmented, each
+    with one caption drawn once; negatives are the same every time, and PyTorch's own generator is left as it was.
+
+    The pairs are cut into parts of at most `validation.batch_pairs`, whatever the number of ranks; rank r has parts r,
+    r + ranks, …, maybe none. What a part gives depends on nothing beside it, and parts are added up in their order: the
+    figures are those of one rank. The model must be whole on each rank, as the trainer hands it over (under ZeRO-3 a
+    copy): between two gathers a rank runs as many passes as it has parts, and waits for nobody.
+    """
 
     def __init__(
-        self, pairs: Sequence[Pair], processor: Processor, config: PretrainConfig, device: torch.device
+        self,
+        pairs: Sequence[Pair],
+        processor: Processor,
+        config: PretrainConfig,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         data = config.data
-        self.config, self.device = config, device
+        self.config, self.device, self.ranks = config, device, ranks
+        count = -(-len(pairs) // config.validation.batch_pairs)
+        self.numbers = range(ranks.rank, count, ranks.world_size)
         loader = PairLoader(
-            pairs, processor, len(pairs), config.seed, max_tokens=data.max_tokens, workers=data.workers, ahead=0
+            pairs,
+            processor,
+            len(pairs),
+            config.seed,
+            accumulation=count,
+            only=self.numbers,
+            max_tokens=data.max_tokens,
+            workers=data.workers,
+            ahead=0,
+            corrupt=CorruptLimit(share=data.corrupt_share),
         )
         steps = loader.steps()
-        step: PairStep = next(steps)
+        self.step: PairStep = next(steps)
         steps.close()
-        self.batch, self.keys = step[0], step.keys[0]
+        self.keys = [key for part in ranks.gather_objects(self.step.keys) for keys in part for key in keys]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         assert isinstance(model, MissPretrain)
-        parts = _cut(self.batch, self.config.validation.batch_pairs)
         devices = [] if self.device.type == "cpu" else [self.device]
-        sums: dict[str, float] = {}
-        features: list[tuple[Tensor, Tensor]] = []
+        width = model.objective.feature_width
+        sums = [torch.zeros(0, 2 + len(self._names()), dtype=torch.float64)]
+        features = [torch.zeros(0, 1 + 2 * width)]
         with torch.random.fork_rng(devices), self._autocast():
-            torch.manual_seed(self.config.seed)
-            for part in parts:
+            for number, part in zip(self.numbers, self.step, strict=True):
+                if not len(part.ids):  # none of its images could be used
+                    continue
+                torch.manual_seed(hash64(self.config.seed, _DRAWN, number))
                 batch = part.to(self.device)
-                for name, value in self._losses(model, batch).items():
-                    sums[name] = sums.get(name, 0.0) + value * len(batch.ids) / len(self.keys)
-                features.append(features_of(model, batch))
-        image, text = (torch.cat(some).float().cpu() for some in zip(*features, strict=True))
-        return {**sums, **recall(image, text, self.keys, self.batch.numbers)}
+                found = self._losses(model, batch)
+                sums.append(torch.tensor([[number, len(batch.ids), *found]], dtype=torch.float64))
+                both = torch.cat(features_of(model, batch), 1).float().cpu()
+                features.append(torch.cat([torch.full((len(both), 1), float(number)), both], 1))
+        return self._figures(torch.cat(sums), torch.cat(features))
 
-    def _losses(self, model: MissPretrain, batch: PretrainBatch) -> dict[str, float]:
-        """Against hard targets, so that figures of different steps compare."""
+    def _figures(self, sums: Tensor, features: Tensor) -> dict[str, float]:
+        """Of all ranks' parts, which each row of both begins with the number of."""
+        captions = torch.cat([torch.zeros(0, dtype=torch.int64), *(part.numbers for part in self.step)])
+        sums, features, captions = (
+            self.ranks.gather(t.to(self.ranks.device))[0].cpu() for t in (sums, features, captions)
+        )
+        sums = sums[sums[:, 0].argsort()]
+        count, values = sums[:, 1:2], sums[:, 2:]
+        means = (values * count).sum(0) / count.sum()
+        order = features[:, 0].argsort(stable=True)
+        image, text = features[order, 1:].chunk(2, 1)
+        found = recall(image, text, [self.keys[i] for i in order.tolist()], captions[order])
+        return dict(zip(self._names(), means.tolist(), strict=True)) | found
+
+    def _names(self) -> tuple[str, ...]:
+        names = ("loss", "loss_itc", "loss_itm", "loss_lm", "matched")
+        return (*names, "loss_mlm") if self.config.losses.mlm else names
+
+    def _losses(self, model: MissPretrain, batch: PretrainBatch) -> list[float]:
+        """By `_names`; against hard targets, so that figures of different steps compare."""
         losses = model(batch)
-        found = {"loss": weighed(losses, self.config.losses), "loss_itc": losses.itc, "loss_itm": losses.itm}
-        found |= {"loss_lm": losses.lm, "matched": losses.numbers["matched"]}
-        if losses.mlm is not None:
-            found["loss_mlm"] = losses.mlm
-        return {name: float(value) for name, value in found.items()}
+        total = weighed(losses, self.config.losses)
+        found = [total, losses.itc, losses.itm, losses.lm, losses.numbers["matched"]]
+        return [float(value) for value in (found if losses.mlm is None else [*found, losses.mlm])]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
@@ -106,10 +149,3 @@ def _firsts(groups: Tensor, count: int) -> Tensor:
     """Where each group comes first."""
     first = torch.full((count,), len(groups), dtype=torch.int64)
     return first.scatter_reduce(0, groups, torch.arange(len(groups)), "amin")
-
-
-def _cut(batch: PretrainBatch, size: int) -> list[PretrainBatch]:
-    """Pieces of about equal size, of at most `size` pairs."""
-    count = -(-len(batch.ids) // size)
-    pieces = zip(*(t.tensor_split(count) for t in vars(batch).values()), strict=True)
-    return [PretrainBatch(*piece) for piece in pieces]

@@ -23,6 +23,7 @@ from miss.engine.data.processor import Processor
 from miss.engine.training.checkpoint import CheckpointCorrupt, CheckpointNotSaved, verify
 from miss.engine.training.finetune import make_engine
 from miss.engine.training.optimizer import freeze
+from miss.engine.training.pretrain_validation import PairValidation
 from miss.engine.training.ranks import Ranks
 from miss.engine.training.trainer import Trainer
 from tests.engine.tiny import RandomTokens, tiny_model, tiny_rows, tiny_train_config
@@ -135,6 +136,18 @@ def broken(rank, whose, index):
             raise MemoryError("a rank's own misfortune")
 
     before_step(plant)
+
+
+def broken_validation(rank, whose):
+    """Only this rank's pass over its pairs ends by an error."""
+    before = PairValidation._losses
+
+    def losses(self, model, batch):
+        if rank == whose:
+            raise MemoryError("a rank's own misfortune")
+        return before(self, model, batch)
+
+    PairValidation._losses = losses
 
 
 def fill_disk(rank, folder, index):

@@ -20,7 +20,11 @@ from miss.cli import pretrain
 from miss.engine.training import trainer as trainer_module
 from miss.engine.training.checkpoint import CheckpointStore
 from miss.engine.training.log import read_log
+from miss.engine.training.pretrain import load_model
+from miss.engine.training.pretrain_pairs import read_pairs
+from miss.engine.training.pretrain_validation import PairValidation
 from miss.engine.training.ranks import Ranks
+from tests.engine.tiny_pairs import tiny_pretrain_config
 
 EXACT = {"model": {"dropout": 0.0, "attention_dropout": 0.0}, "losses": {"negatives_among": 4}}
 
@@ -41,6 +45,12 @@ def saved(output):
 
 def losses(output):
     return [line["loss"] for line in read_log(Path(output) / "log.jsonl") if line["kind"] == "train"]
+
+
+def figures(output):
+    """What each validation gave."""
+    lines = [line for line in read_log(Path(output) / "log.jsonl") if line["kind"] == "validation"]
+    return [{k: v for k, v in line.items() if k.startswith(("loss", "matched", "recall"))} for line in lines]
 
 
 def exact_resume(ranks, place):
@@ -71,6 +81,40 @@ def seconds_add_up(ranks, place):
             assert min(parts[:2]) > 0 and abs(sum(parts) - line["s_per_step"]) < 1e-6
 
 
+def shared_validation(ranks, place):
+    """One rank's figures bit for bit, whether the parts divide, do not, lack a pair, or leave a rank without any."""
+    found = {}
+    torch.manual_seed(5 + ranks.rank)
+    for batch_pairs, count in ((4, 16), (4, 19), (5, 21), (8, 3), (2, 3)):
+        values = {"data": {"corrupt_share": 0.5}, "losses": {"mlm": 0.5}, "validation": {"batch_pairs": batch_pairs}}
+        config = tiny_pretrain_config(place, **values)
+        pairs = read_pairs(config.data)
+        torch.manual_seed(1)
+        model, processor = load_model(config, lambda text: None)
+        model.eval()
+        torch.manual_seed(ranks.rank)
+        before = torch.get_rng_state()
+        validation = PairValidation(pairs[:count], processor, config, ranks.device, ranks)
+        figures = validation(model)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert figures == validation(model), "the same every time"
+        assert ranks.gather_objects(figures) == [figures] * ranks.world_size
+        assert {"loss", "loss_itc", "loss_itm", "loss_lm", "loss_mlm", "matched", "recall"} <= figures.keys()
+        if ranks.world_size == 2:  # nobody looks at what is another's
+            counts = ranks.gather_objects([len(keys) for keys in validation.step.keys])
+            parts = -(-count // batch_pairs)
+            assert [len(own) for own in counts] == [(parts + 1) // 2, parts // 2] and sum(map(sum, counts)) in (
+                count,
+                count - 1,
+            )
+        found[f"{batch_pairs} {count}"] = figures
+    path = place / "validation.json"
+    if ranks.world_size == 1:
+        path.write_text(json.dumps(found))
+    else:
+        assert json.loads(path.read_text()) == found
+
+
 def same_order(ranks, place):
     """Without dropout, and with negatives drawn among 4, two ranks take one rank's steps: the same losses to 2e-5 and
     weights, twin and queue to 5e-6 where weights move by 1e-2 (docs/zero.md says why not bitwise), with any engine."""
@@ -87,6 +131,8 @@ def same_order(ranks, place):
             assert worst < 5e-6, (flags, worst)
             assert torch.equal(a["memory.safetensors:queue.ids"], b["memory.safetensors:queue.ids"])
             assert max(abs(x - y) for x, y in zip(losses(one), losses(output), strict=True)) < 2e-5, flags
+            (before,), (now,) = (figures(folder) for folder in (one, output))
+            assert before.keys() == now.keys() and max(abs(before[n] - now[n]) for n in before) < 2e-5, flags
 
 
 def other_stages(ranks, place):

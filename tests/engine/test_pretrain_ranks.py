@@ -31,12 +31,13 @@ def run_cases(place, name, world_size, cases, seconds=120):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     write_start(folder / "start")
-    write_pairs(folder / "pairs")
-    write_config(folder)
+    write_pairs(folder / "pairs", 50, broken=[2])
+    write_config(folder, data={"corrupt_share": 0.5})
     exact = {"model": {"dropout": 0.0, "attention_dropout": 0.0}, "losses": {"negatives_among": 4}}
+    exact |= {"data": {"corrupt_share": 0.5}, "validation": {"pairs": 5, "batch_pairs": 2}}  # one rank has a part more
     write_config(folder, "exact.yaml", schedule={"total_steps": 3}, **exact)
-    run_cases(folder, "one", 1, ["same_order"])
-    run_cases(folder, "two", 2, ["exact_resume", "seconds_add_up", "same_order"])
+    run_cases(folder, "one", 1, ["shared_validation", "same_order"])
+    run_cases(folder, "two", 2, ["shared_validation", "exact_resume", "seconds_add_up", "same_order"])
     return folder
 
 
