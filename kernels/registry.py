@@ -28,6 +28,7 @@ from torch import Tensor
 
 from miss.kernels import evidence
 from miss.kernels.evidence import Target, Verdict
+from miss.kernels.shape_classes import signature
 
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ALL_FLOATS = FLOATS | {torch.float64}
@@ -375,7 +376,7 @@ class Op:
             and self.name + BACKWARD in OPS
             and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         )
-        return evidence.judge(self.name, impl.name, impl.sources, target, evidence.signature(args), gradient)
+        return evidence.judge(self.name, impl.name, impl.sources, target, signature(args), gradient)
 
     def select(self, *args: Any) -> Impl:
         """The implementation that runs for these arguments.

@@ -23,7 +23,7 @@ import torch
 
 from miss.cli.calls import Shapes, calls, variants
 from miss.kernels import evidence, registry
-from miss.kernels.evidence import Record
+from miss.kernels.records import Record, read
 from miss.kernels.validation import QUICK, Call, Pace, blank, blank_call, gather, measure, ours, sound
 from miss.models.config import MissConfig, did_you_mean
 
@@ -100,7 +100,7 @@ def validate(args: ValidateArgs) -> int:
     path = args.out if args.out is not None else evidence.user_file() if device.type == "cuda" else None
     if device.type == "cuda" and path is None:
         raise ValueError("there is no home folder to write to; name a file with --out, or in $MISS_EVIDENCE")
-    known = [] if path is None else evidence.read(path)  # an unreadable one ends it here, not after ten minutes
+    known = [] if path is None else read(path)  # an unreadable one ends it here, not after ten minutes
     # What was tuned since is measured anew: another launch is another kernel.
     done = set() if args.again else {(*r.key, r.sources) for r in known if evidence.current(r)}
     found = Found()

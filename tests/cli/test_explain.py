@@ -8,7 +8,9 @@ import torch
 
 from miss.cli import explain, run
 from miss.kernels import evidence, registry
+from miss.kernels.records import Record
 from miss.kernels.registry import BACKWARD, OPS, Forced
+from miss.kernels.shape_classes import shape_class, signature
 
 
 def explained(capsys: pytest.CaptureFixture[str], *flags: str) -> dict:
@@ -108,9 +110,9 @@ def test_the_evidence_is_shown(capsys, monkeypatch, tmp_path):
     registry.load_all()
     small, cpu = explain.MissConfig.preset("small"), torch.device("cpu")
     table = explain.calls(explain.Shapes(small, torch.bfloat16, cpu, laid_out=False))
-    with registry.watch(lambda op, args, _: seen.append(evidence.shape_class(op.name, evidence.signature(args)))):
+    with registry.watch(lambda op, args, _: seen.append(shape_class(op.name, signature(args)))):
         table["hard_negatives"]()
-    record = evidence.Record(
+    record = Record(
         op="hard_negatives",
         implementation="triton",
         gpu="NVIDIA H200",

@@ -10,8 +10,8 @@ import torch
 
 from miss.cli import kernels_validate, run
 from miss.cli.kernels_validate import Found, Plan, measured, work
-from miss.kernels import evidence, extension
-from miss.kernels.evidence import Record
+from miss.kernels import extension
+from miss.kernels.records import Record, read
 from miss.kernels.validation import QUICK, WHOLE
 
 PLAN = Plan(("kv_append",), ("small",), ("float32",), (2,), "cpu", QUICK, deadline=float("inf"))
@@ -211,7 +211,7 @@ def test_the_command_on_the_cpu(capsys, tmp_path, monkeypatch):
     assert result["complete"] and result["file"] == str(out) and not result["skipped"]
     assert {r["op"] for r in result["records"]} == {"kv_append", "attention_varlen", "attention_varlen_backward"}
     assert all(r["gpu"] == "cpu" and r["correct"] for r in result["records"])
-    assert {r.key for r in evidence.read(out)} == {Record(**r).key for r in result["records"]}
+    assert {r.key for r in read(out)} == {Record(**r).key for r in result["records"]}
     assert not own.exists()  # a trial is no evidence
     assert run(["kernels", "validate", *flags]) == 0
     assert "0 measured" in capsys.readouterr().out
