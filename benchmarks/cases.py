@@ -103,4 +103,7 @@ class Settings:
     device: torch.device
     repeats: int = 20
     deadline: float = math.inf  # of time.time(), after which no case begins
-    stall: float = math.inf  # seconds of one case beyond which it hangs, and the process is ended
+    # Seconds beyond which it hangs, and the process is ended: of one implementation until it has been checked, which
+    # compiles it, and of the rounds of all.
+    stall: float = math.inf
+    heard: Callable[[], None] = lambda: None  # something was done: what hangs is counted from here

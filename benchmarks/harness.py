@@ -73,6 +73,7 @@ def measure(case: Case, cache: Cache, settings: Settings, ceilings: Ceilings) ->
     sets = _sets(case, cache, settings.device)
     runners, truths = [], truths_of(case, sets)
     for runner in _runners(case, sets[0], result):
+        settings.heard()
         if reason := check(runner, truths):
             if not sound(settings.device):
                 raise DeviceLost(runner, reason)
@@ -81,6 +82,7 @@ def measure(case: Case, cache: Cache, settings: Settings, ceilings: Ceilings) ->
             with _blamed(runner, settings.device):
                 runner.bound = [runner.bind(*one) for one in sets]
             runners.append(runner)
+    settings.heard()
     if runners:
         kind = case.kind or _KINDS[_first(sets[0]).dtype]
         warm_bytes = int(case.reads + case.writes) if cache == "warm" else None

@@ -12,6 +12,7 @@ import pkgutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -104,8 +105,8 @@ def run(
         going_on.note(total.cases, name, "begun")
         keep(total)
         try:
-            with _watched(settings.stall):
-                one = _one(case, cache, settings, ceilings)
+            with _watched(settings.stall) as heard:
+                one = _one(case, cache, replace(settings, heard=heard), ceilings)
         except BaseException:  # the time or a person ends the run: not this case's fault
             going_on.note(total.cases, name, "cut")
             keep(total)
@@ -136,15 +137,24 @@ def _one(case: Case, cache: Cache, settings: Settings, ceilings: Ceilings) -> Re
 
 
 @contextlib.contextmanager
-def _watched(seconds: float) -> Iterator[None]:
-    """Ends the process where the block takes longer: what hangs in a driver or a compiler hears nothing else."""
+def _watched(seconds: float) -> Iterator[Callable[[], None]]:
+    """Ends the process where nothing is heard for longer: what hangs in a driver or a compiler hears nothing else."""
+    timer: threading.Timer | None = None
+
+    def heard() -> None:
+        nonlocal timer
+        if timer is not None:
+            timer.cancel()
+        timer = threading.Timer(seconds, lambda: os._exit(going_on.AGAIN))
+        timer.daemon = True
+        timer.start()
+
     if not math.isfinite(seconds):
-        yield
+        yield lambda: None
         return
-    timer = threading.Timer(seconds, lambda: os._exit(going_on.AGAIN))
-    timer.daemon = True
-    timer.start()
+    heard()
     try:
-        yield
+        yield heard
     finally:
+        assert timer is not None
         timer.cancel()

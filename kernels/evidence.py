@@ -1,41 +1,33 @@
-"""What has been proven of our GPU kernels, and where: records in files, and the rule that reads them.
+"""What has been proven of our GPU kernels, and where: the rule that reads the records.
 
-Knows records, shape classes, hashes of sources and what was tuned; does not know tables, kernels or clocks: registry.py
-asks, validation.py measures.
+Knows which records count: their GPUs, hashes of sources, what was tuned; does not know tables, kernels or clocks, nor a
+record's file (records.py) or a call's class (shape_classes.py): registry.py asks, validation.py measures.
 
 On a GPU the automatic choice takes a row of ours only where a record shows it correct and faster than the next
 candidate: on this GPU name and architecture, for this shape class, with the sources that are here. Nothing is carried
 over between GPUs, of one architecture neither: an L4 and a 4090 have a third of each other's bandwidth.
 
 Two files hold records: evidence.json beside this module, which is committed, and the user's own, which
-`miss kernels validate` writes ($MISS_EVIDENCE, else miss-engine/evidence.json in the cache folder). A file is
-`{"format": 2, "records": [...]}`, a record an object with the fields of `Record`, all of them. Of records of one key
-(op, implementation, GPU, architecture, shape class) those of the present sources and launches count before all others,
-and of these the newest, whichever file it is in. Another launch is another kernel: what was measured before one was
-tuned for a place that the row asks for says nothing of it.
+`miss kernels validate` writes ($MISS_EVIDENCE, else miss-engine/evidence.json in the cache folder). Of records of one
+key (op, implementation, GPU, architecture, shape class) those of the present sources and launches count before all
+others, and of these the newest, whichever file it is in. Another launch is another kernel: what was measured before one
+was tuned for a place that the row asks for says nothing of it.
 """
 
 import ast
-import contextlib
-import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from miss.kernels import launches
+from miss.kernels.records import Record, read
+from miss.kernels.records import write as write_records
+from miss.kernels.shape_classes import Signature, shape_class, with_gradient
 
-FORMAT = 2  # 2: a record says which launches it was measured with
 FOLDER = Path(__file__).parent
 COMMITTED = FOLDER / "evidence.json"
 SHARED = ("triton_parts", "launches")  # modules that every Triton row is made of
@@ -57,8 +49,6 @@ GPUS = {  # as PyTorch names them; any other is asked for by its architecture, o
     "NVIDIA B200": (10, 0),
     "NVIDIA GeForce RTX 5090": (12, 0),
 }
-# Operations on rows of numbers: leading dimensions are one, however many they are.
-_ROWWISE = ("layer_norm", "add_layer_norm", "linear_into", "gelu_mlp", "quant_linear", "quantise_rows")
 
 
 class Target(NamedTuple):
@@ -73,115 +63,6 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         return self.architecture if self.name is None else f"{self.architecture} ({self.name})"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What was measured of one row of a table."""
-
-    op: str
-    implementation: str
-    gpu: str  # as PyTorch names it; "cpu" in a trial run without one, which no rule reads
-    architecture: str  # sm_90
-    shape_class: str  # of `shape_class`
-    sources: str  # of `sources_hash`
-    launches: dict[str, Any]  # each place of launches.py that it asks for: what was tuned for it, None where nothing
-    correct: bool  # by the error rule, for every result
-    error: float | None  # the largest, relative to the float64 truth's largest value; None where it failed
-    plain_error: float | None  # the same of the plain PyTorch row
-    candidate: str | None  # the row that would run in its place
-    speedup: float | None  # the candidate's time / its time: above 1 is faster
-    microseconds: float | None  # its time a call, launch included
-    failure: str | None  # the error it ended in, in one line
-    versions: dict[str, str]
-    date: str  # UTC, 2026-11-24T10:15:00Z
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return self.op, self.implementation, self.gpu, self.architecture, self.shape_class
-
-    @property
-    def day(self) -> str:
-        return self.date[:10]
-
-    def refusal(self) -> str | None:
-        """Why it is no ground to run by itself; None where it is."""
-        if self.failure is not None:
-            return f"failed on {self.gpu} on {self.day}: {self.failure}"
-        if not self.correct:
-            return f"measured wrong: error {self.error:.1e}, {self.plain_error:.1e} of plain PyTorch ({self.day})"
-        if self.speedup is None or self.speedup <= 1.0:
-            return f"measured slower ({self.speedup or 0:.2f}x of {self.candidate}, {self.day})"
-        return None
-
-    def __str__(self) -> str:
-        return (
-            f"{self.speedup or 0:.2f}x of {self.candidate}, error {self.error or 0:.1e} "
-            f"({self.plain_error or 0:.1e} of plain PyTorch), {self.gpu}, {self.day}"
-        )
-
-
-Item = Any  # of a signature: (dtype, shape), a bool, a number's size, a name
-Signature = tuple[Item, ...]
-
-
-def signature(args: tuple[Any, ...]) -> Signature:
-    """What of a call's arguments its shape class depends on: cheap, as it is made at every call on a GPU."""
-    return tuple([(a.dtype, a.shape) if isinstance(a, Tensor) else None if a is None else _item(a) for a in args])
-
-
-def _item(value: Any) -> Item:
-    if isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return value.bit_length()
-    if isinstance(value, float):
-        return "0" if value == 0.0 else "x"  # whether there is dropout, smoothing, …
-    if isinstance(value, list | tuple) and value and all(isinstance(v, Tensor) for v in value):
-        return len(value).bit_length(), value[0].dtype, sum(v.numel() for v in value).bit_length()
-    return type(value).__name__
-
-
-@functools.lru_cache(maxsize=4096)
-def shape_class(op: str, call: Signature) -> str:
-    """The class of calls that one measurement stands for: dtypes, options, and sizes down to a power of two.
-
-    Total: whatever the arguments, there is a class; one without a record is unvalidated.
-    """
-    rowwise = op.removesuffix("_backward").startswith(_ROWWISE) or op.removesuffix("_backward") == "linear"
-    names = [_name(item, rowwise) for item in call]
-    parts: list[list[Any]] = []
-    for name in names:
-        if parts and parts[-1][0] == name:
-            parts[-1][1] += 1
-        else:
-            parts.append([name, 1])
-    return " ".join(name if count == 1 else f"{count}*{name}" for name, count in parts)
-
-
-def _name(item: Item, rowwise: bool) -> str:
-    if not isinstance(item, tuple):
-        return "-" if item is None else str(_floor(item) if type(item) is int else item)
-    if len(item) == 3:
-        count, dtype, total = item
-        return f"{_floor(count)} of {_short(dtype)}[{_floor(total)}]"
-    dtype, sizes = item
-    if rowwise and len(sizes) > 2:
-        sizes = (sizes.numel() // max(1, sizes[-1]), sizes[-1])
-    return f"{_short(dtype)}[{','.join(str(_floor(size.bit_length())) for size in sizes)}]"
-
-
-def _floor(bits: int) -> int:
-    return 1 << (bits - 1) if bits else 0
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def with_gradient(name: str) -> str:
-    """The class of the same call whose gradient is wanted: its time is that of both passes."""
-    return f"{name} with gradient"
 
 
 @functools.cache
@@ -221,95 +102,10 @@ def user_file() -> Path | None:
     return cache / "miss-engine" / "evidence.json"
 
 
-def read(path: Path) -> list[Record]:
-    """A file's records; none where it does not exist.
-
-    Raises:
-        ValueError: it is not a file of records; the message names it and says what is wrong.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except UnicodeDecodeError as error:
-        raise _unreadable(path, str(error)) from error
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _unreadable(path, f"not JSON ({error})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("records"), list):
-        raise _unreadable(path, 'wanted {"format": 2, "records": [...]}')
-    if content.get("format") != FORMAT:
-        raise _unreadable(path, f"its format is {content.get('format')!r}, this version reads {FORMAT}")
-    return [_parse(path, at, value) for at, value in enumerate(content["records"])]
-
-
-_FIELDS = {field.name: field.type for field in dataclasses.fields(Record)}
-_NUMBERS = ("error", "plain_error", "speedup", "microseconds")
-
-
-def _parse(path: Path, at: int, value: Any) -> Record:
-    if not isinstance(value, dict) or value.keys() != _FIELDS.keys():
-        odd = sorted(value.keys() ^ _FIELDS.keys()) if isinstance(value, dict) else "it is no object"
-        raise _unreadable(path, f"record {at} has other fields than it should: {odd}")
-    for name in _FIELDS:
-        one = value[name]
-        if name in _NUMBERS:
-            right = one is None or (isinstance(one, int | float) and not isinstance(one, bool))
-        elif name in ("candidate", "failure"):
-            right = one is None or isinstance(one, str)
-        else:
-            right = isinstance(one, {"correct": bool, "versions": dict, "launches": dict}.get(name, str))
-        if not right:
-            raise _unreadable(path, f"record {at}: {name} is {one!r}, wanted {_FIELDS[name]}")
-    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", value["date"]):
-        raise _unreadable(path, f"record {at}: date is {value['date']!r}, wanted 2026-11-24T10:15:00Z")
-    if value["failure"] is None and (value["error"] is None or value["plain_error"] is None):
-        raise _unreadable(path, f"record {at} has neither errors nor a failure")
-    return Record(**value)
-
-
-def _unreadable(path: Path, why: str) -> ValueError:
-    return ValueError(f"evidence file {path}: {why}; correct it, or delete it and run `miss kernels validate`")
-
-
-def write(path: Path, records: Iterable[Record]) -> None:
-    """Adds records to a file, in place of those of their keys; whole or not at all, and one process at a time.
-
-    Raises:
-        ValueError: what is there is not a file of records. OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        kept = {record.key: record for record in (*read(path), *records)}
-        rows = [dataclasses.asdict(kept[key]) for key in sorted(kept)]
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump({"format": FORMAT, "records": rows}, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+def write(path: Path, found: Iterable[Record]) -> None:
+    """Adds records to a file (records.write), and reads the files anew at the next choice."""
+    write_records(path, found)
     forget()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl  # where Triton runs there is one
-
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @functools.cache

@@ -7,6 +7,7 @@ along (cuobjdump, nvdisasm). Knows cases; does not know what their kernels compu
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -19,7 +20,7 @@ import subprocess
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,3 +215,17 @@ def compile_all(work: Iterable[tuple[Found, str]], jobs: int) -> Iterator[Row | 
         yield from (future.result() for future in as_completed([pool.submit(_one, *call) for call in calls]))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def compiling(say: Callable[[bool], None]) -> Iterator[None]:
+    """Inside this block says True as Triton begins to compile a kernel that is launched, False when it has; one that
+    does not compile raises in place of the latter."""
+    knobs = triton.knobs.runtime
+    before = knobs.jit_cache_hook, knobs.jit_post_compile_hook
+    # What the first one gives back would tell Triton to leave the compiling to it.
+    knobs.jit_cache_hook, knobs.jit_post_compile_hook = lambda **_: say(True), lambda **_: say(False)
+    try:
+        yield
+    finally:
+        knobs.jit_cache_hook, knobs.jit_post_compile_hook = before

@@ -12,13 +12,11 @@ Forced, a GPU kernel of ours always runs; by itself only where a record shows it
 """
 
 import contextlib
-import difflib
 import functools
 import importlib
 import importlib.util
 import os
 import pkgutil
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +26,12 @@ from torch import Tensor
 
 from miss.kernels import evidence
 from miss.kernels.evidence import Target, Verdict
+from miss.kernels.forcing import BACKWARD, Forced
+from miss.kernels.shape_classes import signature
 
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 ALL_FLOATS = FLOATS | {torch.float64}
 HALVES = frozenset({torch.float16, torch.bfloat16})
-BACKWARD = "_backward"  # how the name of an operation's backward table ends
 
 OPS: dict[str, "Op"] = {}
 
@@ -98,102 +97,6 @@ def triton(
     )
 
 
-class Forced:
-    """What `use()` and MISS_KERNELS ask for, checked against the tables.
-
-    `use()` is a process-wide stack, not a context variable: autograd runs backward on threads of its own, and those
-    must obey the `with` block that the forward pass stood in (a context variable is empty there).
-    """
-
-    def __init__(self, environment: str = "") -> None:
-        self.environment = parse_choice(environment)
-        self._stack: list[dict[str, str]] = []
-        self._lock = threading.Lock()
-
-    def get(self, op: str) -> str | None:
-        """The implementation that is asked for, the innermost first; None where the choice is free.
-
-        An operation's backward table follows the forward one wherever it has an implementation of that name.
-        """
-        if not self._stack and not self.environment:
-            return None
-        forward = op.removesuffix(BACKWARD)
-        for choice in (*reversed(self._stack), self.environment):
-            if op in choice:
-                return choice[op]
-            if forward in choice and forward != op and choice[forward] in OPS[op].names:
-                return choice[forward]
-        return None
-
-    def push(self, choice: dict[str, str]) -> None:
-        check_choice(choice)
-        with self._lock:
-            self._stack = [*self._stack, choice]
-
-    def remove(self, choice: dict[str, str]) -> None:
-        with self._lock:
-            self._stack = [c for c in self._stack if c is not choice]
-
-    def check_environment(self, op: "Op") -> None:
-        """Called as each table registers, so that a wrong implementation name fails at import, not never."""
-        asked = self.environment.get(op.name)
-        if asked is not None and asked not in op.names:
-            raise ValueError(f"MISS_KERNELS: {_no_implementation(op, asked)}")
-
-    def unknown_in_environment(self) -> dict[str, str]:
-        """What MISS_KERNELS asks of operations that no table has registered."""
-        return {op: impl for op, impl in self.environment.items() if op not in OPS}
-
-
-def parse_choice(text: str) -> dict[str, str]:
-    """`"op=implementation,op=implementation"` as a dictionary.
-
-    Raises:
-        ValueError: a part is not of that form.
-    """
-    choice: dict[str, str] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        op, equals, impl = part.partition("=")
-        if not (op and equals and impl):
-            raise ValueError(
-                f'MISS_KERNELS: got "{part}"; wanted op=implementation[,op=implementation …], '
-                f"for example layer_norm=reference"
-            )
-        choice[op] = impl
-    return choice
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _no_implementation(op: "Op", impl: str) -> str:
-    hint = _did_you_mean(impl, op.names)
-    return f"{op.name} has no implementation named {impl}{hint}; known: {', '.join(op.names)}"
-
-
-def check_choice(choice: dict[str, str]) -> None:
-    """Raises ValueError where an operation or an implementation is not known, naming the ones that are."""
-    for name, impl in choice.items():
-        if name not in OPS:
-            raise ValueError(f"no operation named {name}{_did_you_mean(name, list(OPS))}; known: {', '.join(OPS)}")
-        if impl not in OPS[name].names:
-            raise ValueError(_no_implementation(OPS[name], impl))
-
-
-def check_environment_complete() -> None:
-    """To be called once every operation's module is imported: until then an unknown name may yet register.
-
-    Raises:
-        ValueError: MISS_KERNELS names an operation that does not exist.
-    """
-    try:
-        check_choice(_forced.unknown_in_environment())
-    except ValueError as error:
-        raise ValueError(f"MISS_KERNELS: {error}") from error
-
-
 def load_all() -> None:
     """Imports every operation's folder, so that all tables are registered, and checks MISS_KERNELS against them.
 
@@ -204,10 +107,10 @@ def load_all() -> None:
     for module in pkgutil.iter_modules(floor.__path__):
         if module.ispkg:
             importlib.import_module(f"miss.kernels.{module.name}")
-    check_environment_complete()
+    _forced.check_complete()
 
 
-_forced = Forced(os.environ.get("MISS_KERNELS", ""))
+_forced = Forced(OPS, os.environ.get("MISS_KERNELS", ""))
 
 
 def forced(op: str) -> str | None:
@@ -375,7 +278,7 @@ class Op:
             and self.name + BACKWARD in OPS
             and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         )
-        return evidence.judge(self.name, impl.name, impl.sources, target, evidence.signature(args), gradient)
+        return evidence.judge(self.name, impl.name, impl.sources, target, signature(args), gradient)
 
     def select(self, *args: Any) -> Impl:
         """The implementation that runs for these arguments.

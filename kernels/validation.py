@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from miss.kernels import evidence
-from miss.kernels.evidence import SLACK, Record
+from miss.kernels.evidence import SLACK
 from miss.kernels.launches import Asked, Pick, trial, watched
+from miss.kernels.records import Record, now
 from miss.kernels.registry import BACKWARD, OPS, Impl, Op, use, watch
+from miss.kernels.shape_classes import shape_class, signature, with_gradient
 
 # Of a result's largest value: what two right kernels may differ by beyond the rule, one place of a half dtype.
 _FLOORS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -57,8 +59,8 @@ class Call:
 
     @property
     def shape_class(self) -> str:
-        name = evidence.shape_class(self.op.name, evidence.signature(self.args))
-        return evidence.with_gradient(name) if self.wanted else name
+        name = shape_class(self.op.name, signature(self.args))
+        return with_gradient(name) if self.wanted else name
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +197,7 @@ def _blank(op: str, implementation: str, shape: str, modules: tuple[str, ...], d
         microseconds=None,
         failure=None,
         versions=_versions(),
-        date=evidence.now(),
+        date=now(),
     )
 
 

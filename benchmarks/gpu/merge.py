@@ -24,6 +24,8 @@ from miss.benchmarks.gpu import collect, pack, state, summary
 from miss.benchmarks.gpu.summary import Results
 from miss.kernels import evidence, launches
 from miss.kernels.launches import Launch, file_name
+from miss.kernels.records import Record
+from miss.kernels.records import read as read_records
 
 RESULTS = Path("benchmarks") / "results"
 EVIDENCE = Path("kernels") / "evidence.json"
@@ -120,7 +122,7 @@ def merge(folder: Path, root: Path, any_source: bool = False, trial: bool = Fals
         )
     if (results.state["device"] == "cpu" or results.state.get("quick")) and not trial:
         raise ValueError(f"{folder} is of a trial (a CPU, or --quick): it proves nothing; --trial brings it in even so")
-    before = evidence.read(root / EVIDENCE)
+    before = read_records(root / EVIDENCE)
     fresh = newer(before, records, source == here)
     _check_old(root / RESULTS, results)
     written = []
@@ -193,13 +195,13 @@ def _worth(part: dict[str, Any] | None) -> int:
     return -1 if part is None else order.index(part["status"]) if part.get("status") in order else 0
 
 
-def _records(folder: Path) -> list[evidence.Record]:
+def _records(folder: Path) -> list[Record]:
     """Those of GPUs: a trial on a CPU has records too, which no rule reads."""
     path = folder / "evidence.json"
     packed = path.with_name(path.name + ".gz")
     if not path.exists() and packed.exists():
         raise ValueError(f"{packed}: unpack it first (gunzip)")
-    return [record for record in evidence.read(path) if record.gpu != "cpu"]
+    return [record for record in read_records(path) if record.gpu != "cpu"]
 
 
 def _tuned(folder: Path) -> dict[str, Any]:
@@ -231,11 +233,11 @@ def _stale(root: Path, gpu: str | None) -> int:
     if gpu is None:
         return 0
     now = launches.table(root / TUNED / file_name(gpu))
-    found = [record for record in evidence.read(root / EVIDENCE) if record.gpu == gpu]
+    found = [record for record in read_records(root / EVIDENCE) if record.gpu == gpu]
     return sum(not launches.same(record.launches, now) for record in found)
 
 
-def newer(before: list[evidence.Record], found: list[evidence.Record], present: bool = True) -> list[evidence.Record]:
+def newer(before: list[Record], found: list[Record], present: bool = True) -> list[Record]:
     """What of `found` takes its key's place: what is of later date than the record that is there, or has none there.
 
     present: they are of the present sources; those of others take nobody's place.

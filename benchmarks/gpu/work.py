@@ -105,8 +105,12 @@ def answers(plan: Plan) -> tuple[list[Job], int]:
         # of its own, so that nobody's results wait for it.
         one = ["--tokens", "4", "--rounds", "30", "--peers"]
         many = ["--tokens", "4", "--rounds", "7", "--peers", "hf-sdpa-bf16", "miss-nographs-bf16"]
+        # One answer alone is what the aims are of: a command a peer, so that none takes another's results along.
         points = {
-            "b1": [*one, "hf-bf16", "hf-sdpa-bf16", "miss-torch-bf16", "miss-nographs-bf16"],
+            "b1": [*one, "hf-bf16"],
+            "b1-nographs": [*one, "miss-nographs-bf16"],
+            "b1-sdpa": [*one, "hf-sdpa-bf16"],
+            "b1-torch": [*one, "miss-torch-bf16"],
             "b32": ["--batch", "32", *many],
             "q64": ["--questions-per-image", "64", *many],
             "b1-compiled": [*one, "hf-compiled-bf16"],
@@ -117,7 +121,7 @@ def answers(plan: Plan) -> tuple[list[Job], int]:
         folders = ["--out", str(plan.work / "answers" / name), "--work", str(plan.work / "models")]
         return lambda seconds: python("miss", *fixed, *words, *folders, "--no-plots", "--json")
 
-    weights = {"b1": 2.0, "b1-compiled": 2.0}
+    weights = {"b32": 1.5, "q64": 1.5, "b1-compiled": 2.5}
     return [Job(name, command(name, words), weights.get(name, 1.0), read=_ratios) for name, words in points.items()], 1
 
 

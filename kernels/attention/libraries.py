@@ -14,7 +14,7 @@ flash-attn 4 is a pre-release; xformers waits for the device to read the lengths
 FlexAttention compiles for each new shape, tens of seconds that nobody asked for. SDPA's back ends, each by its name,
 stand below `torch` because PyTorch chooses among them itself: on sm_90 and sm_100 cuDNN's first where it is newer than
 9.15.0 (what is reported as 1.7 to 2.3 times as fast as flash-attn 2 on Hopper), elsewhere flash-attn 2. What none of
-them takes falls to PyTorch's plain products, which `torch` is then.
+them takes falls to its `math` one, plain products, which `torch` is then.
 """
 
 from typing import Any
@@ -122,6 +122,12 @@ def sdpa_efficient(
     return _sdpa_misfit(q, k, v, seed, 16 // q.element_size(), EFFICIENT_WIDEST)
 
 
+def sdpa_math(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float, p: float, seed: Tensor | None
+) -> str | None:
+    return _sdpa_misfit(q, k, v, seed, 1, EFFICIENT_WIDEST)
+
+
 # autograd sees through all of them: each brings its own backward.
 _USUAL: dict[str, Any] = {"device": "cuda", "dtypes": HALVES, "composite": True}
 _FLASH: dict[str, Any] = {**_USUAL, "capability": (8, 0), "requires": "flash_attn.flash_attn_interface"}
@@ -146,6 +152,14 @@ BELOW = (
         limits=sdpa_efficient,
         device="cuda",
         **_SDPA | {"dtypes": FLOATS},
+    ),
+    Impl(
+        "sdpa_math",
+        lazy("attention.sdpa_impl", "math"),
+        limits=sdpa_math,
+        device="cuda",
+        dtypes=FLOATS,
+        composite=True,
     ),
 )
 VARLEN_ABOVE = (

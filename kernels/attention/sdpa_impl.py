@@ -67,3 +67,17 @@ def efficient(
 ) -> tuple[Tensor, None]:
     """(out (B, T, H, D), None)."""
     return _attend(SDPBackend.EFFICIENT_ATTENTION, q, k, v, lengths, causal, scale)
+
+
+def math(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, None]:
+    """(out (B, T, H, D), None): products and a softmax, all scores in memory."""
+    return _attend(SDPBackend.MATH, q, k, v, lengths, causal, scale)

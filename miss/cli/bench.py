@@ -47,7 +47,8 @@ class KernelArgs:
     minutes: float = 0.0
     """No case begins after this time. 0: all are measured."""
     stall: float = 0.0
-    """Seconds of one case beyond which it hangs and the process is ended (exit code 75). 0: it is waited for."""
+    """Seconds of one implementation of a case, whose first call compiles it, or of the rounds of all, beyond which it
+    hangs and the process is ended (exit code 75). 0: it is waited for."""
     go_on: tuple[Path, ...] = ()
     """Files kernels-<device>.jsonl of earlier runs on this machine, that of --out among them: what they have measured
     stays, and what ended one of them is not measured again. One that is not there says nothing."""

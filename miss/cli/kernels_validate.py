@@ -7,7 +7,9 @@ The measuring is done by a process of its own, which is started anew where it di
 its memory takes the CUDA context of its process with it, and that is a finding about one kernel, not the end of all.
 """
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import time
@@ -21,13 +23,14 @@ import torch
 
 from miss.cli.calls import Shapes, calls, variants
 from miss.kernels import evidence, registry
-from miss.kernels.evidence import Record
+from miss.kernels.records import Record, read
 from miss.kernels.validation import QUICK, Call, Pace, blank, blank_call, gather, measure, ours, sound
 from miss.models.config import MissConfig, did_you_mean
 
 # Seconds without a word beyond which a measurement hangs: a third of the time, so that what hangs is found, recorded
-# and left behind within the run that meets it; a first compilation takes most of a minute where cores are few.
-_LEAST_STALL, _MOST_STALL = 30.0, 120.0
+# and left behind within the run that meets it. While Triton compiles, which takes most of a minute where cores are few,
+# it is half of the time: what takes longer is no finding, and left to the next run.
+_LEAST_STALL, _MOST_STALL, _MOST_COMPILING = 30.0, 120.0, 240.0
 _STARTING = 90.0  # seconds until the first word: a process imports PyTorch and opens the device
 _GRACE = 0.05  # of the time: what is measured when it is over may end
 _KILLED = 10.0  # seconds until a killed process is gone, or is left to itself
@@ -97,7 +100,7 @@ def validate(args: ValidateArgs) -> int:
     path = args.out if args.out is not None else evidence.user_file() if device.type == "cuda" else None
     if device.type == "cuda" and path is None:
         raise ValueError("there is no home folder to write to; name a file with --out, or in $MISS_EVIDENCE")
-    known = [] if path is None else evidence.read(path)  # an unreadable one ends it here, not after ten minutes
+    known = [] if path is None else read(path)  # an unreadable one ends it here, not after ten minutes
     # What was tuned since is measured anew: another launch is another kernel.
     done = set() if args.again else {(*r.key, r.sources) for r in known if evidence.current(r)}
     found = Found()
@@ -107,7 +110,7 @@ def validate(args: ValidateArgs) -> int:
             print(text, flush=True)
 
     report(f"measuring {', '.join(plan.names)} on {_hardware(device)}, at most {args.minutes:g} minutes")
-    for record in measured(plan, done, found, work, _stall(args.minutes)):
+    for record in measured(plan, done, found, work, _stall(args.minutes), _compiling_limit(args.minutes)):
         if path is not None:
             evidence.write(path, [record])
         found.records.append(record)
@@ -119,6 +122,10 @@ def validate(args: ValidateArgs) -> int:
 def _stall(minutes: float) -> float:
     seconds = 60 * minutes
     return min(_MOST_STALL, max(_LEAST_STALL, seconds / 3), max(1.0, seconds / 2))
+
+
+def _compiling_limit(minutes: float) -> float:
+    return max(_stall(minutes), min(_MOST_COMPILING, 30 * minutes))
 
 
 def _hardware(device: torch.device) -> str:
@@ -170,21 +177,30 @@ def _has(op: registry.Op, device: torch.device) -> bool:
 Worker = Callable[[Connection, Plan, frozenset[tuple[str, ...]]], None]
 
 
-def measured(plan: Plan, done: set[tuple[str, ...]], found: Found, worker: Worker, stall: float) -> Iterator[Record]:
+def measured(
+    plan: Plan,
+    done: set[tuple[str, ...]],
+    found: Found,
+    worker: Worker,
+    stall: float,
+    compiling: float = _MOST_COMPILING,
+) -> Iterator[Record]:
     """The records of one measuring process after another, until all is measured or the time is over. One that says
-    nothing for `stall` seconds is ended, and what it was at is recorded as hung; what it was at when it died or lost
-    its device is recorded as failed. The next process goes on behind it.
+    nothing for `stall` seconds is ended, and what it was at is recorded as hung; one that compiles for `compiling`
+    seconds is ended too, and what it was at is skipped; what it was at when it died or lost its device is recorded as
+    failed. The next process goes on behind it.
 
     Raises:
         OSError: a process ended, or lost its device, and what it was at is not known: the next would do the same.
     """
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    skipped_one = False
     while True:
         here, there = context.Pipe()
         process = context.Process(target=worker, args=(there, plan, frozenset(done)), daemon=True)
         process.start()
         there.close()
-        turn = _Turn(plan, here, stall, found)
+        turn = _Turn(plan, here, stall, compiling, found)
         before = len(done)
         try:
             for record in turn.records():
@@ -197,14 +213,19 @@ def measured(plan: Plan, done: set[tuple[str, ...]], found: Found, worker: Worke
             here.close()
         if turn.late:
             return
-        if turn.begun is not None:
+        if turn.begun is not None and turn.hung and turn.compiles:
+            at, skipped_one = turn.begun, True
+            done.add((*at.key, at.sources))
+            what = f"{at.op} {at.implementation} {at.shape_class}"
+            found.skipped.append(f"{what}: it compiled for {compiling:.0f} s; the next run tries it again")
+        elif turn.begun is not None:
             why = f"hung: nothing was said for {stall:.0f} s" if turn.hung else f"died (exit code {process.exitcode})"
             done.add((*turn.begun.key, turn.begun.sources))
             yield dataclasses.replace(turn.begun, failure=f"its process {why}")
         elif turn.ended is None:
             raise OSError(f"the measuring process hung or died between two measurements (code {process.exitcode})")
         elif turn.ended != "again":
-            found.complete = turn.ended == "complete"
+            found.complete = turn.ended == "complete" and not skipped_one
             return
         elif len(done) == before:
             raise OSError("the measuring process lost its device, and nothing can be said of what it was at")
@@ -213,17 +234,20 @@ def measured(plan: Plan, done: set[tuple[str, ...]], found: Found, worker: Worke
 class _Turn:
     """What one measuring process says, until it ends, hangs, or the time is over."""
 
-    def __init__(self, plan: Plan, here: Connection, stall: float, found: Found) -> None:
-        self.plan, self.here, self.stall, self.found = plan, here, stall, found
+    def __init__(self, plan: Plan, here: Connection, stall: float, compiling: float, found: Found) -> None:
+        self.plan, self.here, self.stall, self.compiling, self.found = plan, here, stall, compiling, found
         self.begun: Record | None = None  # what it is at
         self.ended: str | None = None  # its last word
-        self.hung = self.late = False
+        self.hung = self.late = self.compiles = False
 
     def records(self) -> Iterator[Record]:
         patience = max(self.stall, _STARTING)
         while self.ended is None and (message := self._next(patience)) is not None:
-            patience = self.stall
             kind, value = message
+            self.compiles = kind == "compiling"
+            patience = self.compiling if self.compiles else self.stall
+            if kind in ("compiling", "compiled"):
+                continue
             at, self.begun = self.begun, value if kind in ("call", "begin") else None
             if kind == "skip":
                 self.found.skipped.append(value)
@@ -250,8 +274,25 @@ class _Turn:
 
 def work(there: Connection, plan: Plan, done: frozenset[tuple[str, ...]]) -> None:
     """The measuring process. Says ("call", blank record) before a public function is called, ("begin", blank record)
-    before a measurement and ("done", record), ("skip", why) or ("lost", why) after it; last ("end", "complete"),
-    "over" where the time is, or "again" where this process can go on no more."""
+    before a measurement and ("done", record), ("skip", why) or ("lost", why) after it, with ("compiling", None) and
+    ("compiled", None) between where a kernel is compiled; last ("end", "complete"), "over" where the time is, or
+    "again" where this process can go on no more."""
+    with _telling_what_compiles(there, plan):
+        _work(there, plan, done)
+
+
+@contextlib.contextmanager
+def _telling_what_compiles(there: Connection, plan: Plan) -> Iterator[None]:
+    if torch.device(plan.device).type != "cuda" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from miss.kernels import offline
+
+    with offline.compiling(lambda begins: there.send(("compiling" if begins else "compiled", None))):
+        yield
+
+
+def _work(there: Connection, plan: Plan, done: frozenset[tuple[str, ...]]) -> None:
     registry.load_all()
     torch.manual_seed(0)
     seen, device = set(done), torch.device(plan.device)

@@ -4,6 +4,7 @@ no CUDA context was ever lost here."""
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,26 @@ def test_a_case_that_is_ended_by_the_time_is_tried_once_more_and_then_given_up(t
             )  # fmt: skip
     kept = run(cases, record.earlier([path], cases, ENVIRONMENT))
     assert how(kept) == {"slow": "died", "b": "done"} and "cut off by the time 2 times" in kept.refused[0]["reason"]
+
+
+def test_each_implementation_has_the_limit_for_itself(monkeypatch):
+    """Three that compile for 0.4 s each, say, are no case that hangs for 0.8; one that takes 1.2 is."""
+    ended: list[int] = []
+    monkeypatch.setattr(suite.os, "_exit", ended.append)
+
+    def slow(seconds):
+        waits = iter([seconds])
+
+        def once(x, weight, bias):
+            time.sleep(next(waits, 0.0))
+            return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+
+        return once
+
+    three = [case(shape="many", peers=tuple(harness_peer(str(i), slow(0.4)) for i in range(3)))]
+    assert how(run(three, stall=0.8)) == {"many": "done"} and not ended
+    run([case(shape="one", peers=(harness_peer("slow", slow(1.2)),))], stall=0.8)
+    assert ended == [going_on.AGAIN]
 
 
 # The command of a part, with faults in it: `miss bench kernels` itself, on cases of our making.

@@ -10,7 +10,7 @@ from miss.benchmarks.gpu import state, summary
 from miss.benchmarks.gpu.summary import AIMS, Results
 from miss.cli import run
 from miss.kernels import evidence
-from miss.kernels.evidence import Record
+from miss.kernels.records import Record, read
 
 RECORD = Record(
     op="toy",
@@ -49,7 +49,7 @@ def root(tmp_path):
 
 
 def records(root) -> dict[tuple[str, ...], Record]:
-    return {record.key: record for record in evidence.read(root / "kernels" / "evidence.json")}
+    return {record.key: record for record in read(root / "kernels" / "evidence.json")}
 
 
 def results(folder, root, key="key", rows=(), found=(), **head):
@@ -171,7 +171,7 @@ def test_a_trial_proves_nothing(tmp_path, root, head):
     with pytest.raises(ValueError, match="--trial"):
         merging.merge(folder, root)
     found = merging.merge(folder, root, trial=True)
-    assert found.records == 0 and evidence.read(root / "kernels" / "evidence.json") == [RECORD]
+    assert found.records == 0 and read(root / "kernels" / "evidence.json") == [RECORD]
     assert "| met |" not in found.page and "not measured: a trial" in found.page
 
 

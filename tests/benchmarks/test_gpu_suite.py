@@ -273,6 +273,9 @@ def test_the_parts_on_a_gpu_name_files_and_commands_that_exist(tmp_path):
     assert all("--go-on" in one.resume for one in work.kernels(plan)[0] if one.name != "memory")
     compiled = [one for one in work.answers(plan)[0] if any("compiled" in word for word in one.command(10.0))]
     assert [one.name for one in compiled] == ["b1-compiled"] and "hf-bf16" not in compiled[0].command(10.0)
+    alone = [one.command(10.0) for one in work.answers(plan)[0] if one.name.startswith("b1")]
+    peers = [words[words.index("--peers") + 1 : words.index("--out")] for words in alone]
+    assert len(alone) == 5 and all(len(names) == 1 for names in peers), "none takes another's results along"
 
 
 # --- What travels

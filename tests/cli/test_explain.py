@@ -8,7 +8,10 @@ import torch
 
 from miss.cli import explain, run
 from miss.kernels import evidence, registry
-from miss.kernels.registry import BACKWARD, OPS, Forced
+from miss.kernels.forcing import BACKWARD, Forced
+from miss.kernels.records import Record
+from miss.kernels.registry import OPS
+from miss.kernels.shape_classes import shape_class, signature
 
 
 def explained(capsys: pytest.CaptureFixture[str], *flags: str) -> dict:
@@ -35,7 +38,7 @@ def test_float64_and_one_operation(capsys):
 
 
 def test_forced_implementations_are_shown(capsys, monkeypatch):
-    monkeypatch.setattr(registry, "_forced", Forced("quant_linear=reference"))
+    monkeypatch.setattr(registry, "_forced", Forced(OPS, "quant_linear=reference"))
     result = explained(capsys, "--op", "quant_linear")
     assert result["forced"] == {"quant_linear": "reference"}
     assert [c["op"] for c in result["ops"]] == ["quant_linear", "quant_linear_backward"]
@@ -47,7 +50,7 @@ def test_forced_implementations_are_shown(capsys, monkeypatch):
 def test_what_cannot_run_is_said(capsys, monkeypatch):
     registry.load_all()
     torch_row = next(impl for impl in OPS["layer_norm"].impls if impl.name == "torch")
-    monkeypatch.setattr(registry, "_forced", Forced("layer_norm=torch"))
+    monkeypatch.setattr(registry, "_forced", Forced(OPS, "layer_norm=torch"))
     monkeypatch.setitem(torch_row.__dict__, "limits", lambda *_: "needs a miracle")
     assert run(["explain", "--device", "cpu", "--op", "layer_norm"]) == 0
     out = capsys.readouterr().out
@@ -62,7 +65,7 @@ def test_what_cannot_run_is_said(capsys, monkeypatch):
     ],
 )
 def test_wrong_names_exit_in_one_line(capsys, monkeypatch, environment, flags, says):
-    monkeypatch.setattr(registry, "_forced", Forced(environment))
+    monkeypatch.setattr(registry, "_forced", Forced(OPS, environment))
     assert run(["explain", *flags]) == 1
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
@@ -108,9 +111,9 @@ def test_the_evidence_is_shown(capsys, monkeypatch, tmp_path):
     registry.load_all()
     small, cpu = explain.MissConfig.preset("small"), torch.device("cpu")
     table = explain.calls(explain.Shapes(small, torch.bfloat16, cpu, laid_out=False))
-    with registry.watch(lambda op, args, _: seen.append(evidence.shape_class(op.name, evidence.signature(args)))):
+    with registry.watch(lambda op, args, _: seen.append(shape_class(op.name, signature(args)))):
         table["hard_negatives"]()
-    record = evidence.Record(
+    record = Record(
         op="hard_negatives",
         implementation="triton",
         gpu="NVIDIA H200",

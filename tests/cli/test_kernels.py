@@ -7,7 +7,8 @@ import torch
 
 from miss.cli import run
 from miss.kernels import extension, registry
-from miss.kernels.registry import OPS, Forced, Impl, Op
+from miss.kernels.forcing import Forced
+from miss.kernels.registry import OPS, Impl, Op
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_row_of_ours_with_limits(capsys, toy):
 
 
 def test_what_is_forced_is_shown(capsys, monkeypatch):
-    monkeypatch.setattr(registry, "_forced", Forced("layer_norm=reference"))
+    monkeypatch.setattr(registry, "_forced", Forced(OPS, "layer_norm=reference"))
     result = listed(capsys, "--op", "layer_norm")
     assert result["forced"] == {"layer_norm": "reference"}
     rows = {row["name"]: row["here"]["float32"] for row in result["ops"][0]["implementations"]}

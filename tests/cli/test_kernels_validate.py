@@ -10,8 +10,8 @@ import torch
 
 from miss.cli import kernels_validate, run
 from miss.cli.kernels_validate import Found, Plan, measured, work
-from miss.kernels import evidence, extension
-from miss.kernels.evidence import Record
+from miss.kernels import extension
+from miss.kernels.records import Record, read
 from miss.kernels.validation import QUICK, WHOLE
 
 PLAN = Plan(("kv_append",), ("small",), ("float32",), (2,), "cpu", QUICK, deadline=float("inf"))
@@ -83,6 +83,21 @@ def goes_round(there, plan, done):
     there.send(("end", "again"))
 
 
+def compiles_long(there, plan, done):
+    """One kernel beyond any measurement's limit, one beyond its own."""
+    if not done:
+        there.send(("begin", BLANK))
+        there.send(("compiling", None))
+        time.sleep(2.5)
+        there.send(("compiled", None))
+        there.send(("done", GOOD))
+        there.send(("begin", dataclasses.replace(BLANK, shape_class="float32[8]")))
+        there.send(("compiling", None))
+        time.sleep(600)
+    assert {key[4] for key in done} == {"float32[4]", "float32[8]"}
+    there.send(("end", "complete"))
+
+
 def dies_between(there, plan, done):
     os._exit(1)
 
@@ -100,6 +115,16 @@ def test_a_call_that_hangs_is_recorded_as_that_and_the_rest_is_measured():
         "kv_append", WHOLE, "its process hung: nothing was said for 2 s",
     )  # fmt: skip
     assert hung.shape_class == "planted" and behind_it and all(r.correct for r in behind_it) and found.complete
+
+
+def test_a_compilation_has_a_limit_of_its_own_and_is_no_finding():
+    found = Found()
+    (record,) = measured(PLAN, set(), found, compiles_long, 1.0, 5.0)
+    assert record == GOOD and not found.complete, "the next run tries the other one again"
+    assert found.skipped == ["toy triton float32[8]: it compiled for 5 s; the next run tries it again"]
+    for minutes in (0.1, 1.7, 10.0, 60.0):
+        limit = kernels_validate._compiling_limit(minutes)
+        assert kernels_validate._stall(minutes) <= limit <= max(kernels_validate._stall(minutes), 30 * minutes)
 
 
 def test_a_device_that_is_lost_is_recorded_and_the_next_process_goes_on_behind_it():
@@ -186,7 +211,7 @@ def test_the_command_on_the_cpu(capsys, tmp_path, monkeypatch):
     assert result["complete"] and result["file"] == str(out) and not result["skipped"]
     assert {r["op"] for r in result["records"]} == {"kv_append", "attention_varlen", "attention_varlen_backward"}
     assert all(r["gpu"] == "cpu" and r["correct"] for r in result["records"])
-    assert {r.key for r in evidence.read(out)} == {Record(**r).key for r in result["records"]}
+    assert {r.key for r in read(out)} == {Record(**r).key for r in result["records"]}
     assert not own.exists()  # a trial is no evidence
     assert run(["kernels", "validate", *flags]) == 0
     assert "0 measured" in capsys.readouterr().out

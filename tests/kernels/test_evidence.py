@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from miss.kernels import evidence, launches, registry
-from miss.kernels.evidence import COMMITTED, Record, Target, find_target, shape_class, signature
+from miss.kernels.evidence import COMMITTED, Target, find_target
+from miss.kernels.records import Record, read
 from miss.kernels.registry import OPS, Impl, Op, use
+from miss.kernels.shape_classes import shape_class, signature, with_gradient
 from tests.helpers import run_python
 
 H100 = Target("NVIDIA H100 80GB HBM3", (9, 0))
@@ -96,7 +98,7 @@ def chosen(op: Op, target: Target, x: torch.Tensor) -> str:
 
 
 def test_the_committed_file_can_be_read():
-    assert all(len(r.sources) == 16 for r in evidence.read(COMMITTED))
+    assert all(len(r.sources) == 16 for r in read(COMMITTED))
 
 
 def test_without_a_record_the_next_candidate_runs(own, toy):
@@ -168,7 +170,7 @@ def test_a_gradient_wants_evidence_of_both_passes(own, toy):
     assert chosen(toy, H100, wanted) == "torch"
     with torch.no_grad():
         assert chosen(toy, H100, wanted) == "triton"
-    both = evidence.with_gradient(record().shape_class)
+    both = with_gradient(record().shape_class)
     evidence.write(own, [record(shape_class=both, speedup=0.9)])
     assert chosen(toy, H100, wanted) == "torch"
     evidence.write(own, [record(shape_class=both)])
@@ -307,7 +309,7 @@ def test_bytes_that_are_no_text_are_named(own, toy):
 def test_writing_keeps_other_keys_and_replaces_its_own(own):
     evidence.write(own, [record(), record(op="other")])
     evidence.write(own, [record(speedup=2.0)])
-    assert {(r.op, r.speedup) for r in evidence.read(own)} == {("toy", 2.0), ("other", 1.4)}
+    assert {(r.op, r.speedup) for r in read(own)} == {("toy", 2.0), ("other", 1.4)}
     assert [p.name for p in own.parent.iterdir() if p.name.endswith(".json")] == ["evidence.json"]
 
 
@@ -323,7 +325,7 @@ def test_writers_at_the_same_time_lose_nothing(own):
         worker.start()
     for worker in workers:
         worker.join()
-    assert {r.op for r in evidence.read(own)} == {f"op{i}" for i in range(40)}
+    assert {r.op for r in read(own)} == {f"op{i}" for i in range(40)}
 
 
 def test_targets(own):

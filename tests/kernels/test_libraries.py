@@ -13,7 +13,7 @@ from miss.kernels.evidence import Target
 from miss.kernels.registry import OPS, use
 from tests.helpers import assert_as_good_as
 
-SDPA = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
+SDPA = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
 NAMES = ("flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "flex", *SDPA)
 A100, H100, B200, RTX5090, T4 = (Target(None, c) for c in ((8, 0), (9, 0), (10, 0), (12, 0), (7, 5)))
 SEED = torch.tensor(1)
@@ -61,7 +61,7 @@ def test_where_they_stand():
 @pytest.mark.parametrize(
     ("target", "refused"),
     [
-        (T4, set(NAMES)),
+        (T4, set(NAMES) - {"sdpa_math"}),
         (A100, {"flash_attn_3", "flash_attn_4"}),
         (H100, set()),
         (B200, {"flash_attn_3"}),
@@ -99,12 +99,12 @@ def test_which_gpus_they_serve(target, refused):
         (
             "attention",
             dense(lengths=torch.tensor([3, 7])),
-            {"sdpa_flash": "no lengths", "sdpa_cudnn": None, "sdpa_efficient": None},
+            {"sdpa_flash": "no lengths", "sdpa_cudnn": None, "sdpa_efficient": None, "sdpa_math": None},
         ),
         (
             "attention",
             dense(width=20),
-            {"sdpa_flash": None, "sdpa_cudnn": "multiple of 8", "sdpa_efficient": "multiple of 8"},
+            {"sdpa_flash": None, "sdpa_cudnn": "multiple of 8", "sdpa_efficient": "multiple of 8", "sdpa_math": None},
         ),
         ("attention", dense(width=20, dtype=torch.float32), {"sdpa_efficient": None}),
         ("attention", dense(width=200), {"sdpa_flash": "up to 192", "sdpa_cudnn": "up to 128", "sdpa_efficient": None}),
@@ -124,7 +124,7 @@ def test_what_they_refuse(op, args, says):
 
 def test_dtypes():
     for name, reason in refusals("attention", dense(dtype=torch.float32)).items():
-        takes = name in ("flex", "sdpa_efficient")
+        takes = name in ("flex", "sdpa_efficient", "sdpa_math")
         assert (reason is None) == takes and (takes or "does not take float32" in str(reason))
     mixed = list(dense())
     mixed[1] = mixed[1].half()
@@ -211,22 +211,19 @@ def test_sdpa_flash_on_a_cpu(dtype, queries, keys, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [None, [7, 0, 3]])
 @pytest.mark.parametrize("queries", [5, 7])
-def test_what_sdpas_back_ends_are_handed(queries, lengths, causal, monkeypatch):
-    """Masks, rows without keys, triangles that are no squares: with PyTorch's plain back end in the others' place."""
-    from torch.nn.attention import SDPBackend
-
+def test_what_sdpas_back_ends_are_handed(queries, lengths, causal):
+    """Masks, rows without keys, triangles that are no squares, by the one that runs on a CPU with all of them."""
     from miss.kernels.attention import sdpa_impl
 
-    monkeypatch.setattr(sdpa_impl.SDPBackend, "EFFICIENT_ATTENTION", SDPBackend.MATH)
     valid = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
     q, k, v = torch.randn(3, queries, 2, 16), torch.randn(3, 7, 2, 16), torch.randn(3, 7, 2, 16)
-    out, lse = sdpa_impl.efficient(q, k, v, valid, causal, 0.3, 0.0, None)
+    out, lse = sdpa_impl.math(q, k, v, valid, causal, 0.3, 0.0, None)
     want, _ = reference.forward(q.double(), k.double(), v.double(), valid, causal, 0.3, 0.0, None)
     assert lse is None
     assert_as_good_as(out, want.float(), want, what="out")
 
 
-@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_efficient"])
+@pytest.mark.parametrize("name", ["sdpa_cudnn", "sdpa_efficient", "sdpa_math"])
 def test_gpu_back_ends_cannot_be_forced_on_a_cpu(name):
     with use(attention=name), pytest.raises(NotImplementedError, match="needs a cuda tensor, got cpu"):
         attention(*dense()[:3])

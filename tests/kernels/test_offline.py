@@ -114,6 +114,9 @@ def case(warps, **changed):
 """
 DRIVER = """
 import importlib.util, json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from miss.kernels import offline
 
 def load(path):
@@ -140,7 +143,18 @@ try:
     offline.find()
 except ValueError as error:
     twice = str(error)
-told = {"rows": rows, "refused": refused, "hashes": hashes, "warps": offline.fingerprint(case(8))}
+class Absent:  # a GPU: kernels that are asked to get ready for it are compiled
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 80, 32))
+
+driver.set_active(Absent())
+said = []
+with offline.compiling(said.append):
+    for size in (16, 16, 32):
+        toys[0].kernel.warmup(torch.bfloat16, torch.bfloat16, torch.float32, N=size, grid=(1,))
+toys[0].kernel.warmup(torch.bfloat16, torch.bfloat16, torch.float32, N=64, grid=(1,))
+told = {"said": said, "rows": rows, "refused": refused, "hashes": hashes, "warps": offline.fingerprint(case(8))}
 print(json.dumps({**told, "found": found, "twice": twice, "sources": list(sources)}))
 """
 
@@ -167,6 +181,7 @@ def test_a_toy_kernel(tmp_path):
     assert told["found"] == [["a", "4"], ["b", "8"]], "a case that two modules yield is one"
     assert "b: a second case named toy 4" in told["twice"]
     assert len({same, helper, constant, body, told["warps"]}) == 5
+    assert told["said"] == [True, False, True, False], "as each of two kernels begins and ends to be compiled"
 
 
 @needs_triton

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from miss.kernels import registry
+from miss.kernels.forcing import Forced, parse_choice
 from miss.kernels.layer_norm import layer_norm
-from miss.kernels.registry import ALL_FLOATS, OPS, Forced, Impl, Op, autocast_to, parse_choice, use
+from miss.kernels.registry import ALL_FLOATS, OPS, Impl, Op, autocast_to, use
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +76,7 @@ def test_environment_is_read_and_trimmed():
 
 
 def test_wrong_implementation_in_environment():
-    forced = Forced("layer_norm=refrence")
+    forced = Forced(OPS, "layer_norm=refrence")
     with pytest.raises(ValueError, match=r"MISS_KERNELS: .*did you mean reference.*known: .*torch, reference"):
         forced.check_environment(OPS["layer_norm"])
 
@@ -86,11 +87,11 @@ def test_wrong_environment_stops_the_import():
 
 
 def test_unknown_operation_in_environment_is_reported(monkeypatch):
-    monkeypatch.setattr(registry, "_forced", Forced("layer_norm=torch"))
-    registry.check_environment_complete()
-    monkeypatch.setattr(registry, "_forced", Forced("layer_nrm=torch"))
+    monkeypatch.setattr(registry, "_forced", Forced(OPS, "layer_norm=torch"))
+    registry._forced.check_complete()
+    monkeypatch.setattr(registry, "_forced", Forced(OPS, "layer_nrm=torch"))
     with pytest.raises(ValueError, match=r"MISS_KERNELS: no operation named layer_nrm \(did you mean layer_norm\?\)"):
-        registry.check_environment_complete()
+        registry._forced.check_complete()
 
 
 def test_environment_forces_forward_and_backward():
@@ -227,7 +228,7 @@ def test_a_table_is_checked(toy):
 
 
 def test_forced_is_per_process_state_and_empty_by_default():
-    forced = Forced("")
+    forced = Forced(OPS, "")
     assert forced.get("layer_norm") is None
     assert registry._forced.get("layer_norm") is None
 
