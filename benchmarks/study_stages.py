@@ -28,6 +28,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.stage, self.number = "start", 0
+        self._runs = False  # a stage, whose process may still be in the making: it would be left behind
         self._process: subprocess.Popen[bytes] | None = None
 
     @contextmanager
@@ -46,14 +47,14 @@ class Watch:
         Raises:
             StageEnded: it left with another status than 0, or a signal came meanwhile.
         """
-        self.stage = stage
-        process = self._process = subprocess.Popen(command, env=environment)
-        if self.number:  # it came while the process was made
-            process.send_signal(signal.SIGTERM)
+        self.stage, self._runs = stage, True
         try:
+            process = self._process = subprocess.Popen(command, env=environment)
+            if self.number:  # it came while the process was made
+                process.send_signal(signal.SIGTERM)
             code = process.wait()
         finally:
-            self._process = None
+            self._process, self._runs = None, False
         if code:
             raise StageEnded(stage, 128 + self.number if self.number else code if code > 0 else 128 - code)
 
@@ -70,6 +71,7 @@ class Watch:
         """SIGTERM is handed on for either: Ctrl-C reaches the stage by itself, and a second SIGINT would cut its save
         off. Where no process is waited for, the chain's own work ends here."""
         self.number = number
-        if self._process is None:
+        if not self._runs:
             raise StageEnded(self.stage, 128 + number)
-        self._process.send_signal(signal.SIGTERM)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
