@@ -1,5 +1,5 @@
-"""Whole answers on each device at hand, against the CPU one request at a time; on a GPU (`-m gpu`) so are what no CPU has:
-captured graphs and their budget, the second stream, flags in page-locked memory.
+"""Whole answers on each device at hand, against the CPU one request at a time; on a GPU (`-m gpu`) with what no CPU
+has: captured graphs and their budget, the second stream, flags in page-locked memory.
 
 Does not know what the parts do (test_ahead.py). Its CUDA half was never run here.
 """
