@@ -136,8 +136,10 @@ def _run(problem: Problem) -> tuple[Tensor, Tensor]:
     options = problem.options(launch)
     if "G" in launch.blocks:
         size = int(kind.removeprefix("short"))
-        grid = (problem.batch * triton.cdiv(problem.heads, launch.blocks["G"]),)
-        short.forward[grid](*tensors, *numbers, BT=size, BN=size, **options)
+        groups = triton.cdiv(problem.heads, launch.blocks["G"])
+        tiles = triton.cdiv(problem.queries, 16) if options["LENGTHS"] else 1
+        grid = (problem.batch * groups, tiles)
+        short.forward[grid](*tensors, *numbers, MOST=size, **options)
         return out, lse
     tiles, block = triton.cdiv(problem.queries, launch.blocks["BM"]), launch.blocks["BN"]
     edge = edge_width(problem.fixed_keys, block)
@@ -185,7 +187,7 @@ def cases() -> Iterator[Case]:
             yield _case(kind, launch, "", 64, i == 0)
         if kind != "float32":
             yield _case(kind, launches[0], "", 32, True)
-        if kind in ("long", "short32"):
+        if kind in ("long", "short32", "short64"):
             for option in ("lengths-dropout", "causal", "varlen"):
                 yield _case(kind, launches[0], option, 64, True)
     yield _case("short32", LAUNCHES["short32"][0], "one-head", 64, True)
@@ -203,7 +205,7 @@ def _case(kind: str, launch: Launch, option: str, width: int, default: bool) -> 
     if long:
         constants["EDGE"] = edge_width(None if option else 577, launch.blocks["BN"])
     else:
-        constants["BT"] = constants["BN"] = int(kind.removeprefix("short"))
+        constants["MOST"] = int(kind.removeprefix("short"))
     name = "-".join(filter(None, (kind, "x".join(map(str, launch.blocks.values())), str(width), option)))
     kernel = _forward if long else short.forward
     return Case("attention", name, kernel, types, constants, launch, default, divisible(types))

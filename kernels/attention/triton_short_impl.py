@@ -4,6 +4,9 @@ A program takes G heads of a batch row, a warp each, as products of G planes (on
 G = 1). A token's heads lie side by side, so G heads are loaded as one run of G x D numbers. Backward is one kernel: all
 of a head's gradients come from what the tile holds, read once. Does not know sequences longer than a tile.
 
+Forward's tile is that of a row's own length, read on the device, not of the length that its batch is padded to: 16, 32
+or 64 keys, and as many queries, of which a padded row has more tiles. So padding changes no bit.
+
 Shapes: B batch, T queries, N keys, H heads, D head width, BT and BN the tile.
 """
 
@@ -12,6 +15,8 @@ import triton.language as tl
 
 from miss.kernels.attention.triton_rows_impl import LOG2_E, normalise, sequence, start_of
 from miss.kernels.triton_parts import dot, keep_mask
+
+GROUP = tl.constexpr(4)  # heads that a program takes together, a warp each, of rows of up to 32 keys
 
 
 @triton.jit
@@ -49,20 +54,12 @@ def tile_of(x, head, row, H, rows, head_stride, row_stride, D: tl.constexpr, G: 
 
 
 @triton.jit
-def place(rows, T, N, H, BT: tl.constexpr, G: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr):
-    """Of a program of the short form: batch row, its heads, and what `sequence` and `line_of` say of them."""
-    groups = tl.cdiv(H, G)
-    b = tl.program_id(0) // groups
-    head = tl.program_id(0) % groups
-    if G > 1:
-        head = head * G + tl.arange(0, G)
-    first, queries, keys, length = sequence(b, rows, T, N, LENGTHS, VARLEN)
-    t = tl.arange(0, BT)
+def lines_of(b, head, t, first, T, H, G: tl.constexpr, VARLEN: tl.constexpr):
+    """Of heads and queries: what `line_of` says of one head's."""
     if VARLEN:
-        line = by_head(head, first + t, 1, H, G)
+        return by_head(head, first + t, 1, H, G)
     else:
-        line = by_head(b.to(tl.int64) * H + head, t, T, 1, G)
-    return b, head, first, queries, keys, length, line
+        return by_head(b.to(tl.int64) * H + head, t, T, 1, G)
 
 
 @triton.jit
@@ -82,13 +79,15 @@ def _write(x, tile, head, row, H, rows, first, D: tl.constexpr, G: tl.constexpr)
 
 
 @triton.jit
-def forward(
-    q, k, v, out, lse, rows, seed, q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
-    D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
-    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
+def _tile(
+    q, k, v, out, lse, seed, b, head, t0, first, queries, keys, length,
+    q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+    D: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr,
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    b, head, first, queries, keys, length, line = place(rows, T, N, H, BT, G, LENGTHS, VARLEN)
-    t, n = tl.arange(0, BT), tl.arange(0, BN)
+    """SIZE queries from t0 on, in these heads, over all keys of their row, which one tile of SIZE holds."""
+    t, n = t0 + tl.arange(0, SIZE), tl.arange(0, SIZE)
+    line = lines_of(b, head, t, first, T, H, G, VARLEN)
     query = tile_of(start_of(q, b, 0, first, q_b, q_t, q_h, VARLEN), head, t, H, queries, q_h, q_t, D, G)
     key = tile_of(start_of(k, b, 0, first, k_b, k_n, k_h, VARLEN), head, n, H, length, k_h, k_n, D, G)
     value = tile_of(start_of(v, b, 0, first, v_b, v_n, v_h, VARLEN), head, n, H, length, v_h, v_n, D, G)
@@ -107,6 +106,94 @@ def forward(
 
 
 @triton.jit
+def _row(
+    q, k, v, out, lse, seed, b, head, first, queries, keys, length,
+    q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+    D: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr,
+    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """SIZE of a row's queries; where there may be more of them than the row has keys, programs of their own have the
+    others, and those beyond leave."""
+    if LENGTHS:
+        if tl.program_id(1) * SIZE < queries:
+            _tile(
+                q, k, v, out, lse, seed, b, head, tl.program_id(1) * SIZE, first, queries, keys, length,
+                q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+                D, SIZE, G, CAUSAL, VARLEN, DROPOUT,
+            )  # fmt: skip
+    else:
+        _tile(
+            q, k, v, out, lse, seed, b, head, 0, first, queries, keys, length,
+            q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+            D, SIZE, G, CAUSAL, VARLEN, DROPOUT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _short_row(
+    q, k, v, out, lse, seed, b, head, first, queries, keys, length,
+    q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+    D: tl.constexpr, G: tl.constexpr,
+    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One of up to 32 keys, by its own tile."""
+    if length > 16:
+        _row(
+            q, k, v, out, lse, seed, b, head, first, queries, keys, length,
+            q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+            D, 32, G, CAUSAL, LENGTHS, VARLEN, DROPOUT,
+        )  # fmt: skip
+    else:
+        _row(
+            q, k, v, out, lse, seed, b, head, first, queries, keys, length,
+            q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+            D, 16, G, CAUSAL, LENGTHS, VARLEN, DROPOUT,
+        )  # fmt: skip
+
+
+@triton.jit
+def forward(
+    q, k, v, out, lse, rows, seed, q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+    D: tl.constexpr, MOST: tl.constexpr, G: tl.constexpr,
+    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """MOST: what the longest row may have. At 64 G is 1: a program is a head, and every GROUP-th takes the heads after
+    its own along where the row is shorter."""
+    groups = tl.cdiv(H, G)
+    b = tl.program_id(0) // groups
+    unit = tl.program_id(0) % groups
+    first, queries, keys, length = sequence(b, rows, T, N, LENGTHS, VARLEN)
+    head = unit
+    if G > 1:
+        head = unit * G + tl.arange(0, G)
+    if MOST == 16 or not (LENGTHS or VARLEN):
+        _row(
+            q, k, v, out, lse, seed, b, head, first, queries, keys, length,
+            q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+            D, MOST, G, CAUSAL, LENGTHS, VARLEN, DROPOUT,
+        )  # fmt: skip
+    elif MOST == 32:
+        _short_row(
+            q, k, v, out, lse, seed, b, head, first, queries, keys, length,
+            q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+            D, G, CAUSAL, LENGTHS, VARLEN, DROPOUT,
+        )  # fmt: skip
+    else:
+        if length > 32:
+            _row(
+                q, k, v, out, lse, seed, b, head, first, queries, keys, length,
+                q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+                D, MOST, G, CAUSAL, LENGTHS, VARLEN, DROPOUT,
+            )  # fmt: skip
+        elif unit % GROUP == 0:
+            _short_row(
+                q, k, v, out, lse, seed, b, unit + tl.arange(0, GROUP), first, queries, keys, length,
+                q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
+                D, GROUP, CAUSAL, LENGTHS, VARLEN, DROPOUT,
+            )  # fmt: skip
+
+
+@triton.jit
 def backward(
     dout, q, k, v, out, lse, dq, dk, dv, rows, seed,
     q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h, T, N, H, scale, dropout_p,
@@ -114,8 +201,14 @@ def backward(
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dout and out dense, as the gradients are."""
-    b, head, first, queries, keys, length, line = place(rows, T, N, H, BT, G, LENGTHS, VARLEN)
+    groups = tl.cdiv(H, G)
+    b = tl.program_id(0) // groups
+    head = tl.program_id(0) % groups
+    if G > 1:
+        head = head * G + tl.arange(0, G)
+    first, queries, keys, length = sequence(b, rows, T, N, LENGTHS, VARLEN)
     t, n = tl.arange(0, BT), tl.arange(0, BN)
+    line = lines_of(b, head, t, first, T, H, G, VARLEN)
     query = tile_of(start_of(q, b, 0, first, q_b, q_t, q_h, VARLEN), head, t, H, queries, q_h, q_t, D, G)
     key = tile_of(start_of(k, b, 0, first, k_b, k_n, k_h, VARLEN), head, n, H, length, k_h, k_n, D, G)
     value = tile_of(start_of(v, b, 0, first, v_b, v_n, v_h, VARLEN), head, n, H, length, v_h, v_n, D, G)

@@ -38,7 +38,6 @@ LAUNCHES: dict[str, tuple[Launch, ...]] = {
     # Products without tensor cores keep their operands in registers: 32 keys and 8 warps spill one at heads of 32.
     "float32": (Launch({"BM": 16, "BN": 16, "TAIL": 16, "SPLIT": 256}, 4, 2),),
 }
-FEW = 16  # queries a row up to which a tile is 16 of them: a decoding step's beams
 LOG2E = tl.constexpr(1.4426950408889634)
 _COMBINE = {"BLOCK": 16}
 
@@ -215,9 +214,10 @@ def _combine(
 
 
 def launch_for(op: str, tables: dict[str, tuple[Launch, ...]], q: Tensor) -> Launch:
-    """By the dtype, the queries of a row and the head width: nothing that other rows decide."""
+    """By the dtype, the head width and whether a row has one query, as in a decoding step, or is a text: nothing that
+    other rows decide, and they decide how far a text is padded."""
     many = "narrow" if q.shape[3] == 32 else "many"
-    kind = "float32" if q.dtype == torch.float32 else "few" if q.shape[1] <= FEW else many
+    kind = "float32" if q.dtype == torch.float32 else "few" if q.shape[1] == 1 else many
     return choose(op, kind, {k: v[0] for k, v in tables.items()}, q, q.shape[3])
 
 

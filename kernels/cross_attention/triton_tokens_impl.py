@@ -33,7 +33,7 @@ LAUNCHES: dict[str, tuple[Launch, ...]] = {
     "many": (Launch({"BM": 64, "BN": 64, "BC": 64}, 4, 2), Launch({"BM": 64, "BN": 32, "BC": 64}, 4, 3)),
     "float32": (Launch({"BM": 16, "BN": 32, "BC": 32}, 4, 2),),
 }
-FEW = 32  # lines a row up to which a tile is small: a decoding step
+FEW = 32  # heads up to which a row of one query, as in a decoding step, takes a small tile
 
 
 @triton.jit
@@ -142,8 +142,10 @@ class Absorbed(NamedTuple):
 
 
 def launch_for(op: str, tables: dict[str, tuple[Launch, ...]], q: Tensor) -> Launch:
-    """By the dtype and the lines of a row: nothing that other rows decide."""
-    kind = "float32" if q.dtype == torch.float32 else "few" if q.shape[1] * q.shape[2] <= FEW else "many"
+    """By the dtype, the heads and whether a row has one query or is a text: nothing that other rows decide, and they
+    decide how far a text is padded."""
+    small = q.shape[1] == 1 and q.shape[2] <= FEW
+    kind = "float32" if q.dtype == torch.float32 else "few" if small else "many"
     return choose(op, kind, {k: v[0] for k, v in tables.items()}, q, q.shape[3])
 
 

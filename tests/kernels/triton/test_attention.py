@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from miss.kernels.attention import limits, op, reference, torch_impl, triton_backward_impl, triton_impl
+from miss.kernels.attention import triton_short_impl as short
 from miss.kernels.attention.triton_rows_impl import Problem, edge_width, padded
 from miss.kernels.dropout import as_seed, keep_mask
 from miss.kernels.launches import Launch
@@ -188,6 +189,45 @@ def test_a_row_does_not_depend_on_its_batch(monkeypatch, form, length):
         rows = slice(start, start + count)
         alone = run(Packed, [t[rows] for t in tensors], int32([0, count]), length, True, 0.0)
         assert all(torch.equal(a, t[rows]) for a, t in zip(alone, together, strict=True))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
+@pytest.mark.parametrize(("length", "tile"), [(0, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)])
+def test_a_texts_tile_is_that_of_its_own_length(monkeypatch, length, tile):
+    """Whatever it is padded to: that the bits are the same then, as the next test has it, the interpreter shows of
+    different tiles too."""
+    monkeypatch.undo()
+    right, seen = short._row, set()
+
+    def row(*args):
+        seen.add((int(args[27]), int(args[28])))  # SIZE and G
+        return right(*args)
+
+    monkeypatch.setattr(short, "_row", row)
+    q, k, v, _ = inputs(1, 64, 64, 1, 32, torch.bfloat16)
+    for padded_to in (n for n in (16, 24, 35, 64) if n >= length):
+        args = (*(t[:, :padded_to] for t in (q, k, v)), int32([length]))
+        triton_impl.forward(*args, False, 0.2, 0.0, None)
+        rows = [t[0, :length] for t in (q, k, v)]
+        triton_impl.varlen_forward(*rows, int32([0, length]), padded_to, False, 0.2, 0.0, None)
+    assert seen == {(tile, 1 if tile == 64 else 4)}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 25, 40])
+def test_a_text_does_not_depend_on_its_padding(monkeypatch, length, causal):
+    """Bit by bit, in the tables' own tiles: alone, padded to whatever the longest of a batch has, and packed."""
+    monkeypatch.undo()
+    q, k, v, _ = inputs(2, 64, 64, 3, 32, torch.bfloat16)
+    wanted = triton_impl.forward(q[:1, :length], k[:1, :length], v[:1, :length], None, causal, 0.2, 0.0, None)
+    for padded_to in (n for n in (16, 24, 35, 64) if n >= length):
+        args = (*(t[:, :padded_to] for t in (q, k, v)), int32([length, padded_to]))
+        out, lse = triton_impl.forward(*args, causal, 0.2, 0.0, None)
+        assert torch.equal(out[:1, :length], wanted[0]) and torch.equal(lse[:1, :, :length], wanted[1]), padded_to
+        packed_up = [torch.cat([t[0, :length], t[1, :padded_to]]) for t in (q, k, v)]
+        offsets = int32([0, length, length + padded_to])
+        out, lse = triton_impl.varlen_forward(*packed_up, offsets, padded_to, causal, 0.2, 0.0, None)
+        assert torch.equal(out[:length], wanted[0][0]) and torch.equal(lse[:length].T, wanted[1][0]), padded_to
 
 
 @pytest.mark.parametrize(("form", "length"), EVERY_FORM)

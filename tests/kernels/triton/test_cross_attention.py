@@ -7,7 +7,14 @@ programs, or alignment.
 import pytest
 import torch
 
-from miss.kernels.cross_attention import op, reference, torch_impl, triton_backward_impl, triton_impl
+from miss.kernels.cross_attention import (
+    op,
+    reference,
+    torch_impl,
+    triton_backward_impl,
+    triton_impl,
+    triton_tokens_impl,
+)
 from miss.kernels.dropout import keep_mask
 from miss.kernels.launches import Launch
 from tests.helpers import assert_as_good_as
@@ -160,6 +167,17 @@ def test_spans_are_a_function_of_the_keys_alone():
     assert [triton_impl.split(n, launch) for n in (1, 35, 197, 257, 577, 901)] == [
         *((64, 1), (64, 1), (256, 1), (320, 1), (320, 2), (320, 3)),
     ]
+
+
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("module", [triton_impl, triton_tokens_impl])
+def test_a_text_has_one_launch_however_far_it_is_padded(module, width):
+    tables = module.LAUNCHES
+    launches = [
+        module.launch_for("cross_attention", tables, torch.empty(1, n, 12, width, dtype=torch.bfloat16))
+        for n in (3, 8, 16, 24, 32, 40)
+    ]
+    assert len(set(map(str, launches))) == 1
 
 
 @pytest.mark.parametrize("queries", [1, 5])
