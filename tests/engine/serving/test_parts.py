@@ -144,8 +144,8 @@ def test_text_that_a_file_says_is_burned_in_is_warned_of():
         return [await pool.noted(burned_in(told)) for told in (None, "NO", "YES", "yes ", "MAYBE")]
 
     found, _ = with_pool(use)
-    assert [notes for _, notes in found] == [[], [], [BURNED_IN], [BURNED_IN], []]
-    assert len({pixels for pixels, _ in found}) == 1 and len(found[0][0]) == 3 * 28 * 28
+    assert [one.notes for one in found] == [[], [], [BURNED_IN], [BURNED_IN], []]
+    assert len({one.pixels for one in found}) == 1 and len(found[0].pixels) == 3 * 28 * 28
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40), st.booleans()), max_size=30))
