@@ -27,7 +27,7 @@ from miss.engine.serving.settings import ENCODED, Settings
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # between an engine that never got ready and the next try
 LOOKS_EACH = 1.0
 # On a CPU, where images are encoded no faster together, and answers wait meanwhile.
-BETWEEN = {"max_new_images": int(os.environ.get("XN", 2)), "steps_between": int(os.environ.get("XS", 8))}
+BETWEEN = {"max_new_images": 2, "steps_between": 8}
 MOST_SENT = 4096  # names of images that an engine was given
 
 
