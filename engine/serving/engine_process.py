@@ -72,7 +72,9 @@ class EngineServer:
             return SamplingParams(**item["params"])
         except ValueError as error:
             self.send(op="error", id=item["id"], code=word(error))
-            return None
+        except Exception:  # a fault of ours: it ends this question and no other
+            self._fault(item["id"])
+        return None
 
     def _add(
         self, item: dict[str, Any], params: SamplingParams, image: NamedImage, timeout: float | None, stream: bool
@@ -85,7 +87,7 @@ class EngineServer:
             self.send(op="pixels", ids=[number])
         except ValueError as error:
             self.send(op="error", id=number, code=word(error))
-        except Exception:  # a fault of ours: it ends this question and no other
+        except Exception:
             self._fault(number)
         else:
             self._requests[number] = request
