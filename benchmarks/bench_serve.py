@@ -36,7 +36,6 @@ CELLS = {  # questions of a visit, how many images come round (0: none comes twi
     "unique-warm": {"questions": 1, "images": 8},
 }
 SHARES = (0.4, 0.7, 0.9, 1.2, 1.6)  # of a closed loop's throughput
-PLAIN_BODY = {"together": False, "fields": {}}
 BLOCK = 8  # requests of one at a time, before the other side has its turn
 AT_ONCE = 4  # visits of a closed loop
 QUESTIONS = (
@@ -232,14 +231,15 @@ def single(bench: Bench, checkpoint: Path, precision: str, work: Path, threads: 
     pictures = Pictures(*_asked(bench.options.data))
     found: dict[str, Any] = {}
     with alone(checkpoint, precision, work, threads) as engine:
-        engine.ask(json.loads(pictures.body(0, CELLS["unique-cold"], PLAIN_BODY)[0]))  # it is loaded when it answers
+        target = {**bench.servers[name].target, "together": False}  # the same fields: as many alternatives
+        engine.ask(json.loads(pictures.body(0, CELLS["unique-cold"], target)[0]))  # it is loaded when it answers
         engine.pause()
         for cell_name in ("unique-cold", "unique-warm"):
             cell, http, inside = CELLS[cell_name], [], []
             for block in range(1 + max(1, bench.options.single // BLOCK)):
                 numbers = range(bench.next, bench.next + BLOCK + 1)
-                through = [v.latency for v in bench.closed(name, cell, BLOCK + 1, at_once=1)][1:]
-                asked = [json.loads(pictures.body(number, cell, PLAIN_BODY)[0]) for number in numbers]
+                through = [v.latency for v in bench.load(name, cell, BLOCK + 1, do="single")][1:]
+                asked = [json.loads(pictures.body(number, cell, target)[0]) for number in numbers]
                 engine.resume()
                 within = [engine.ask(one)["seconds"] for one in asked][1:]
                 engine.pause()

@@ -6,6 +6,7 @@ Knows HTTP and images' bytes; does not know which server it speaks to, or what i
 Everything that is sent is made before the clock starts. Requests (JSON lines on standard input) and their replies:
   {"do": "open", "target": {…}, "cell": {…}, "due": [seconds…], "patience": seconds}      {"visits": [{…}…]}
   {"do": "closed", "target": {…}, "cell": {…}, "count": visits, "at_once": number}        {"visits": [{…}…]}
+  {"do": "single", "target": {…}, "cell": {…}, "count": visits}                           {"visits": [{…}…]}
 target: url, path, fields (of every request), together (all questions in one request).
 cell: questions (of a visit), images (how many different ones come round, 0: none comes twice), first (the number of
 the first visit, so that no image of another load is sent again).
@@ -13,6 +14,7 @@ the first visit, so that no image of another load is sent again).
 
 import asyncio
 import base64
+import http.client
 import io
 import json
 import sys
@@ -20,6 +22,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
@@ -83,10 +86,31 @@ class Client:
         """(the problem or nothing, the answers of one request)."""
         async with self._session.post(self._url, data=data, headers={"Content-Type": "application/json"}) as response:
             text = await response.read()
-            if response.status != 200:
-                return str(response.status), []
-        found = json.loads(text)
-        return "", found["answers"] if "answers" in found else [found]
+        return read(response.status, text)
+
+
+def read(status: int, text: bytes) -> tuple[str, list[dict[str, Any]]]:
+    """(the problem or nothing, the answers of one request)."""
+    if status != 200:
+        return str(status), []
+    found = json.loads(text)
+    return "", found["answers"] if "answers" in found else [found]
+
+
+def single(target: dict[str, Any], bodies: list[Body]) -> list[Visit]:
+    """One after another on one connection of the standard library's client, which adds the least of its own."""
+    url, start, visits = urlsplit(target["url"]), time.perf_counter(), []
+    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=60)
+    for (data,) in bodies:
+        sent = time.perf_counter() - start
+        connection.request("POST", target["path"], data, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        text = response.read()
+        done = time.perf_counter() - start
+        problem, answers = read(response.status, text)
+        visits.append(Visit(sent, sent, done, problem, {}, tuple(answer["answer"] for answer in answers)))
+    connection.close()
+    return visits
 
 
 async def open_loop(client: Client, bodies: list[Body], due: list[float], patience: float) -> list[Visit]:
@@ -116,6 +140,8 @@ async def answer(request: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
     target, cell, patience = request["target"], request["cell"], request.get("patience", 60.0)
     count = len(request["due"]) if request["do"] == "open" else request["count"]
     bodies = [pictures.body(cell["first"] + i, cell, target) for i in range(count)]
+    if request["do"] == "single":
+        return {"visits": [asdict(visit) for visit in single(target, bodies)]}
     timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         client = Client(session, target)

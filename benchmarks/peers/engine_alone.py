@@ -1,4 +1,4 @@
-"""Our engine without a server: an image's bytes and one question a line, the answer and its seconds back.
+"""Our engine without a server: the body of a `/v1/vqa` a line, the answer and its seconds back.
 
     python -m miss.benchmarks.peers.engine_alone CHECKPOINT PRECISION --threads 2
 
@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    engine, params = Engine.load(args.checkpoint, args.precision), SamplingParams()
+    engine = Engine.load(args.checkpoint, args.precision)
     for line in sys.stdin:
         asked = json.loads(line)
-        image = base64.b64decode(asked["image"])
+        image, params = base64.b64decode(asked["image"]), SamplingParams(num_alternatives=asked["alternatives"])
         start = time.perf_counter()
         answer = engine.answer(image, asked["question"], params)
         print(json.dumps({"answer": answer.text, "seconds": time.perf_counter() - start}), flush=True)

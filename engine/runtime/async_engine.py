@@ -1,17 +1,13 @@
-"""An engine for asyncio: questions are awaited, one thread of its own steps.
+"""An engine for asyncio: questions are awaited, one thread of its own (`stepper.py`) steps.
 
 Knows event loops and threads; does not know how the engine answers.
 """
 
 import asyncio
 import contextlib
-import logging
-import threading
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -20,14 +16,11 @@ from miss.engine.runtime.attention_maps import AttentionMaps
 from miss.engine.runtime.engine import Engine
 from miss.engine.runtime.image_source import Image
 from miss.engine.runtime.many import outcome
-from miss.engine.runtime.request import Request, RequestError
+from miss.engine.runtime.request import Request
 from miss.engine.runtime.sampler import SamplingParams
+from miss.engine.runtime.stepper import Closed, Stepper
 
-_READING = 0.005  # what questions that are being read are waited for: longer than one takes, shorter than a step
-
-
-class Closed(RequestError):
-    code = "closed"
+__all__ = ["AsyncEngine", "Closed", "Event"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +39,7 @@ class AsyncEngine:
     Awaits may come from several event loops. Images are read in a few threads, so that no loop waits for a file. An
     await or a stream that is cancelled, or left, ends its request: its slots are free one step later.
 
-    engine: one, or what makes one, which the thread that steps then calls. On a CPU that is worth much: each thread
-    that ever ran a parallel part keeps OpenMP workers of its own, and with more of them than cores OpenMP no longer
-    waits by spinning. Of an int8 miss-small on two cores an answer took 13.4 ms where another thread had loaded it,
-    8.1 so.
-    max_wait: seconds that an idle engine waits for a whole batch. At 0 it waits only, and not long, for what is being
-    read already, so that questions asked together are encoded together. One that works takes up others between steps.
+    engine, max_wait: as of `Stepper`; on a CPU give what makes the engine, not the engine.
     """
 
     def __init__(self, engine: Engine | Callable[[], Engine], num_readers: int = 2, max_wait: float = 0.0) -> None:
@@ -59,15 +47,9 @@ class AsyncEngine:
         Raises:
             Exception: what making the engine raises.
         """
-        self.max_wait = max_wait
+        self._stepper = Stepper(engine, max_wait)
         self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="miss-read")
-        self._change = threading.Condition()
-        self._closing, self._num_reading = False, 0
-        self._looks: deque[tuple[Future[AttentionMaps], tuple[np.ndarray, str, list[int]]]] = deque()
-        made: Future[Engine] = Future()
-        self._worker = threading.Thread(target=self._live, args=(engine, made), name="miss-step", daemon=True)
-        self._worker.start()
-        self.engine = made.result()
+        self.engine = self._stepper.engine
 
     async def answer(
         self, image: Image, question: str, params: SamplingParams | None = None, timeout: float | None = None
@@ -107,12 +89,9 @@ class AsyncEngine:
             token_ids = list(request.token_ids)
             send(Event(self.engine.processor.decode(token_ids), token_ids))
 
-        with self._change:
-            if self._closing:
-                raise Closed("the engine is closing; ask another one")
-            self._num_reading += 1
+        self._stepper.expect()
         ask = (image, question, params, timeout, grown if streams else None, send)
-        reading = loop.run_in_executor(self._readers, self._add, *ask)
+        reading = loop.run_in_executor(self._readers, self._stepper.add, *ask)
         try:
             request = await asyncio.shield(reading)
         except asyncio.CancelledError:
@@ -124,7 +103,7 @@ class AsyncEngine:
             answer = outcome(event)
             yield Event(answer.text, answer.token_ids, answer)
         finally:
-            self._leave(request)
+            self._stepper.cancel(request)
 
     async def look(self, pixels: np.ndarray, question: str, token_ids: list[int]) -> AttentionMaps:
         """As `Engine.look`, by the thread that steps.
@@ -132,93 +111,17 @@ class AsyncEngine:
         Raises:
             ValueError: as `Engine.look`; `Closed` after `aclose` began.
         """
-        found: Future[AttentionMaps] = Future()
-        with self._change:
-            if self._closing:
-                raise Closed("the engine is closing; ask another one")
-            self._looks.append((found, (pixels, question, token_ids)))
-            self._change.notify()
-        return await asyncio.wrap_future(found)
-
-    def _add(self, image: Image, question: str, *rest: Any) -> Request:
-        """In a reader's thread."""
-        try:
-            return self.engine.add(image, question, *rest)
-        finally:
-            with self._change:
-                self._num_reading -= 1
-                self._change.notify()
-
-    def _leave(self, request: Request) -> None:
-        if self.engine.cancel(request):
-            with self._change:
-                self._change.notify()
+        return await asyncio.wrap_future(self._stepper.look(pixels, question, token_ids))
 
     def _leave_read(self, reading: "asyncio.Future[Request]") -> None:
         """Nobody waits any more for what was read."""
         if not reading.cancelled() and reading.exception() is None:
-            self._leave(reading.result())
-
-    def _live(self, engine: Engine | Callable[[], Engine], made: "Future[Engine]") -> None:
-        try:
-            self.engine = engine if isinstance(engine, Engine) else engine()
-        except BaseException as error:  # raised where it is waited for
-            made.set_exception(error)
-            return
-        made.set_result(self.engine)
-        self._work()
-
-    def _work(self) -> None:
-        """The worker's life: steps while there is work, ends when nothing more can come."""
-
-        def wanted() -> bool:
-            return self.engine.busy or bool(self._looks) or (self._closing and not self._num_reading)
-
-        while True:
-            with self._change:
-                self._change.wait_for(wanted)
-                looks = list(self._looks)
-                self._looks.clear()
-                if not self.engine.busy and not looks:  # the last one may have been cancelled since: that is no end
-                    if self._closing and not self._num_reading:
-                        return
-                    continue
-                if self.engine.busy and not self.engine.scheduler.running:
-                    self._gather()
-            for found, asked in looks:
-                self._look(found, asked)
-            if not self.engine.busy:
-                continue
-            try:
-                self.engine.step()
-            except Exception:  # those who ran have failed with it, and are told; the others' turn comes
-                logging.getLogger(__name__).exception("a step failed")
-
-    def _look(self, found: "Future[AttentionMaps]", asked: tuple[np.ndarray, str, list[int]]) -> None:
-        if not found.set_running_or_notify_cancel():
-            return
-        try:
-            found.set_result(self.engine.look(*asked))
-        except Exception as error:  # raised where it is waited for
-            found.set_exception(error)
-
-    def _gather(self) -> None:
-        """Of an idle engine: waits for those who are about to join the first."""
-        most = self.engine.config.max_prefill_questions
-
-        def enough() -> bool:
-            return self._closing or self.engine.scheduler.num_waiting >= most
-
-        if self.max_wait > 0:
-            self._change.wait_for(enough, self.max_wait)
-        self._change.wait_for(lambda: enough() or not self._num_reading, _READING)
+            self._stepper.cancel(reading.result())
 
     async def aclose(self) -> None:
         """Takes no more questions, answers those that it has, and stops."""
-        with self._change:
-            self._closing = True
-            self._change.notify()
-        await asyncio.get_running_loop().run_in_executor(None, self._worker.join)
+        self._stepper.end()
+        await asyncio.get_running_loop().run_in_executor(None, self._stepper.close)
         self._readers.shutdown()
 
     async def __aenter__(self) -> "AsyncEngine":

@@ -16,6 +16,9 @@ class EngineConfig:
     question_slots: requests that run together.
     answer_length: the longest answer in tokens, the closing [SEP] included, that a slot holds.
     max_prefill_questions, max_prefill_images: of one batch of new requests.
+    max_new_images: of those images, the ones that are yet to be encoded.
+    steps_between: decode steps that running requests are given after images were encoded, before the next ones are;
+        0: where images keep coming, each token of an answer waits for a batch of them.
     max_waiting: requests that wait, before a further one is refused.
     max_waiting_pixels: of the images that waiting requests hold, each at the model's size and counted once.
     cache_bytes: of encoded images kept, their tokens and their layers' keys and values together; 0 keeps none.
@@ -34,6 +37,8 @@ class EngineConfig:
     answer_length: int = 40
     max_prefill_questions: int = 64
     max_prefill_images: int = 8
+    max_new_images: int = 8
+    steps_between: int = 0
     max_waiting: int = 1024
     max_waiting_pixels: int = 1 << 26
     cache_bytes: int = 512 << 20
@@ -59,6 +64,6 @@ class EngineConfig:
                 if not 0 <= value <= 1:
                     raise ValueError(f"{field.name}: got {value!r}; wanted a number from 0 to 1")
                 continue
-            least = 0 if field.name in ("cache_bytes", "graph_bytes", "steps_ahead") else 1
+            least = 0 if field.name in ("cache_bytes", "graph_bytes", "steps_ahead", "steps_between") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{field.name}: got {value!r}; wanted a whole number of at least {least}")

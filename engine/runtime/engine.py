@@ -19,7 +19,7 @@ from miss.engine.runtime.answers import Alternative, Answer, make_answer
 from miss.engine.runtime.attention_maps import AttentionMaps, attention_maps
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.image_cache import ImageCache
-from miss.engine.runtime.image_source import EarlyImage, Image
+from miss.engine.runtime.image_source import EarlyImage, Image, NamedImage
 from miss.engine.runtime.intake import Intake
 from miss.engine.runtime.loading import CHECKPOINTS, PRECISIONS, find_checkpoint, load_model
 from miss.engine.runtime.many import answer_many, outcome, with_bar
@@ -143,7 +143,7 @@ class Engine:
 
     def add(
         self,
-        image: Image | EarlyImage,
+        image: Image | EarlyImage | NamedImage,
         question: str,
         params: SamplingParams | None = None,
         timeout: float | None = None,

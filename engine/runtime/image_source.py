@@ -40,6 +40,19 @@ class EarlyImage:
         return self._found.result()
 
 
+class PixelsWanted(ValueError):
+    """An image that came by its name alone is not kept; it is to be sent again with its pixels."""
+
+
+@dataclass(frozen=True)
+class NamedImage:
+    """Pixels as the model takes them, uint8 (S, S, 3), under a name that stands for their content; without them an
+    image that was given before."""
+
+    name: bytes
+    pixels: np.ndarray | None = None
+
+
 _SETTLED_NS = 2_000_000_000  # a file written later may still change within one tick of its clock
 _MOST_PATHS = 4096
 
@@ -56,7 +69,7 @@ class ImageReader:
         self._known: dict[str, tuple[tuple[int, int, int], bytes]] = {}
         self._lock = threading.Lock()
 
-    def key(self, image: Image | EarlyImage) -> tuple[bytes, bytes | np.ndarray | Found | None]:
+    def key(self, image: Image | EarlyImage | NamedImage) -> tuple[bytes, bytes | np.ndarray | Found | None]:
         """SHA-256 over content, preprocessing and weights; and what was read on the way, for `pixels`.
 
         Raises:
@@ -65,6 +78,8 @@ class ImageReader:
         if isinstance(image, EarlyImage):
             found = image.found()
             return found.key, found
+        if isinstance(image, NamedImage):
+            return self._hash(b"name\n", image.name), image.pixels
         if isinstance(image, np.ndarray):
             _check(image)
             return self._hash(repr(image.shape).encode() + b"\n", np.ascontiguousarray(image).data), image
@@ -82,12 +97,17 @@ class ImageReader:
             self._remember(path, state, key)
         return key, data
 
-    def pixels(self, image: Image | EarlyImage, read: bytes | np.ndarray | Found | None) -> np.ndarray:
+    def pixels(self, image: Image | EarlyImage | NamedImage, read: bytes | np.ndarray | Found | None) -> np.ndarray:
         """uint8 (S, S, 3), from what `key` has read where it has.
 
         Raises:
             ImageError: the image cannot be decoded.
+            PixelsWanted: it is a name without pixels.
         """
+        if isinstance(image, NamedImage):
+            if image.pixels is None:
+                raise PixelsWanted("this image is not kept; send its pixels, too")
+            return image.pixels
         if isinstance(image, EarlyImage):
             assert isinstance(read, Found), "`key` gave it"
             return self.pixels(image.image, None) if read.pixels is None else read.pixels

@@ -10,7 +10,7 @@ from miss.engine.data.processor import Processor
 from miss.engine.runtime.candidates import CandidateLists, Candidates
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.image_cache import ImageCache
-from miss.engine.runtime.image_source import EarlyImage, Image, ImageReader
+from miss.engine.runtime.image_source import EarlyImage, Image, ImageReader, NamedImage
 from miss.engine.runtime.request import InvalidRequest, Request, RequestImage
 from miss.engine.runtime.sampler import SamplingParams, make_search
 from miss.engine.runtime.scheduler import Scheduler
@@ -37,7 +37,7 @@ class Intake:
         self._ids = itertools.count()
 
     def request(
-        self, image: Image | EarlyImage, question: str, params: SamplingParams, timeout: float | None
+        self, image: Image | EarlyImage | NamedImage, question: str, params: SamplingParams, timeout: float | None
     ) -> Request:
         """
         Raises:
@@ -94,7 +94,7 @@ class Intake:
         """Whether an image is waited for or encoded already; from any thread, and without counting as a look-up."""
         return self.scheduler.waiting_image(key) is not None or self.images.holds(key)
 
-    def _image(self, image: Image | EarlyImage) -> RequestImage:
+    def _image(self, image: Image | EarlyImage | NamedImage) -> RequestImage:
         """One that is waited for already, or that is encoded already, or its pixels."""
         key, read = self.reader.key(image)
         waiting = self.scheduler.waiting_image(key)

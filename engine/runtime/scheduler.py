@@ -42,6 +42,7 @@ class Scheduler:
         self.pixels_an_image = pixels_an_image
         self.running: list[Request] = []
         self.num_waiting = self._waiting_branches = 0
+        self._steps = 0  # since images were encoded
         self._turns: OrderedDict[bytes, Turn] = OrderedDict()
         self._deadlines: list[tuple[float, int, Request]] = []
         self._to_cancel: deque[Request] = deque()
@@ -136,10 +137,13 @@ class Scheduler:
 
     def admit(self) -> list[Request]:
         """The next batch of those who wait, with slots of their own; they run from now on."""
+        self._steps += 1
         with self._lock:
             if not self._may_admit():
                 return []
-            batch = self._go_round(list(self._turns.values())[: self.config.max_prefill_images])
+            batch = self._go_round(self._next_turns())
+        if any(request.image is not None and request.image.tokens is None for request in batch):
+            self._steps = 0
         now = time.monotonic()
         for request in batch:
             request.state, request.admitted = State.RUNNING, now
@@ -155,6 +159,21 @@ class Scheduler:
         if self.num_waiting <= questions.num_free and self._waiting_branches <= answers.num_free:
             return True
         return questions.num_free >= share * questions.size and answers.num_free >= share * answers.size
+
+    def _next_turns(self) -> list[Turn]:
+        """The circle's first images; of those that are yet to be encoded few, and none before running requests have had
+        their steps. The others keep their places."""
+        room = self.config.max_new_images if self._steps >= self.config.steps_between or not self.running else 0
+        found: list[Turn] = []
+        for turn in self._turns.values():
+            if turn.image.tokens is None:
+                if not room:
+                    continue
+                room -= 1
+            found.append(turn)
+            if len(found) == self.config.max_prefill_images:
+                break
+        return found
 
     def _go_round(self, turns: list[Turn]) -> list[Request]:
         batch: list[Request] = []

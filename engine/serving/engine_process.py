@@ -4,7 +4,6 @@ Knows frames and the engine; does not know HTTP, files of images or who asks. It
 never outlives the server that started it, however that ends.
 """
 
-import asyncio
 import contextlib
 import gc
 import json
@@ -14,7 +13,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
+import threading
+from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -24,65 +24,112 @@ import torch
 
 from miss.engine.data.processor import QuestionError
 from miss.engine.runtime.answers import Answer
-from miss.engine.runtime.async_engine import AsyncEngine
 from miss.engine.runtime.attention_maps import AttentionMaps
 from miss.engine.runtime.config import EngineConfig
 from miss.engine.runtime.engine import Engine
-from miss.engine.runtime.request import EngineFault, RequestError
+from miss.engine.runtime.image_source import NamedImage, PixelsWanted
+from miss.engine.runtime.many import outcome
+from miss.engine.runtime.request import EngineFault, Request, RequestError, State
 from miss.engine.runtime.sampler import SamplingParams
+from miss.engine.runtime.stepper import Stepper
 from miss.engine.serving import frames, logs
 
 
 class EngineServer:
-    """Answers what comes over one connection; each question is a task that a `cancel` ends."""
+    """Answers what comes over one connection. `handle` is called by the thread that reads; answers are written by the
+    one that steps, as soon as they are there: another one between them, or an event loop, costs a wake-up each."""
 
-    def __init__(self, front: AsyncEngine, writer: asyncio.StreamWriter) -> None:
-        self.front, self.engine, self._writer = front, front.engine, writer
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+    def __init__(self, stepper: Stepper, sock: socket.socket) -> None:
+        self.stepper, self.engine, self._sock = stepper, stepper.engine, sock
+        self._requests: dict[int, Request] = {}
+        self._writing = threading.Lock()
 
-    def handle(self, message: dict[str, Any], data: bytes) -> None:
+    def handle(self, message: dict[str, Any], data: bytearray) -> None:
         if message["op"] == "ask":
-            pixels = np.frombuffer(bytearray(data), np.uint8).reshape(message["shape"])
-            for item in message["items"]:
-                self._start(item["id"], self._ask(item, pixels, message["timeout"], message["stream"]))
+            self._ask(message, data)
         elif message["op"] == "cancel":
             for number in message["ids"]:
-                if number in self._tasks:
-                    self._tasks[number].cancel()
+                request = self._requests.get(number)
+                if request is not None:
+                    self.stepper.cancel(request)
         elif message["op"] == "stats":
-            self._send(op="stats", id=message["id"], stats=self.engine.stats.to_dict())
+            self.send(op="stats", id=message["id"], stats=self.engine.stats.to_dict())
 
-    def _start(self, number: int, ask: Coroutine[Any, Any, None]) -> None:
-        """Forgotten when the task ends, not by the coroutine: one that is cancelled before its first step never runs
-        (its question and its cancellation came together), and kept its pixels for ever."""
-        task = self._tasks[number] = asyncio.get_running_loop().create_task(ask)
-        task.add_done_callback(lambda _: self._tasks.pop(number))
+    def _ask(self, message: dict[str, Any], data: bytearray) -> None:
+        """Takes up all questions of a frame, so that they are encoded together."""
+        pixels = np.frombuffer(data, np.uint8).reshape(message["shape"]) if data else None
+        image, items = NamedImage(bytes.fromhex(message["image"]), pixels), message["items"]
+        if pixels is None and not self.engine.intake.needs_no_pixels(self.engine.intake.reader.key(image)[0]):
+            self.send(op="pixels", ids=[item["id"] for item in items])
+            return
+        asked = [(item, params) for item in items if (params := self._params(item)) is not None]
+        self.stepper.expect(len(asked))
+        for item, params in asked:
+            self._add(item, params, image, message["timeout"], message["stream"])
 
-    async def _ask(self, item: dict[str, Any], pixels: np.ndarray, timeout: float | None, stream: bool) -> None:
-        number = item["id"]
+    def _params(self, item: dict[str, Any]) -> SamplingParams | None:
         try:
-            params = SamplingParams(**item["params"])
-            tokens = len(self.engine.processor.encode_question(item["question"]).ids)
-            asked = (pixels, item["question"], params, timeout)
-            answer = await (self._stream(number, *asked) if stream else self.front.answer(*asked))
-            shown = self._shown(answer)
-            if item["look"]:
-                shown["attention"] = as_lists(await self.front.look(pixels, item["question"], answer.token_ids))
-            self._send(op="answer", id=number, answer=shown, prompt_tokens=tokens)
+            return SamplingParams(**item["params"])
         except ValueError as error:
-            self._send(op="error", id=number, code=word(error))
+            self.send(op="error", id=item["id"], code=word(error))
         except Exception:  # a fault of ours: it ends this question and no other
-            logging.getLogger(logs.LOGGER).exception("question_failed")
-            self._send(op="error", id=number, code="fault")
+            self._fault(item["id"])
+        return None
 
-    async def _stream(self, number: int, *asked: Any) -> Answer:
+    def _add(
+        self, item: dict[str, Any], params: SamplingParams, image: NamedImage, timeout: float | None, stream: bool
+    ) -> None:
+        number = item["id"]
+        grown, done = partial(self._grown, number) if stream else None, partial(self._done, item, image)
+        try:
+            request = self.stepper.add(image, item["question"], params, timeout, grown, done)
+        except PixelsWanted:  # they were let go of just now
+            self.send(op="pixels", ids=[number])
+        except ValueError as error:
+            self.send(op="error", id=number, code=word(error))
+        except Exception:
+            self._fault(number)
+        else:
+            self._requests[number] = request
+            if request.done:  # before it stood there
+                self._requests.pop(number, None)
+
+    def _grown(self, number: int, request: Request) -> None:
         """Sends the text each time that it has grown."""
-        async with contextlib.aclosing(self.front.stream(*asked)) as events:
-            async for event in events:
-                if event.answer is not None:
-                    return event.answer
-                self._send(op="text", id=number, text=event.text)
-        raise AssertionError("the last event holds the answer")
+        self.send(op="text", id=number, text=self.engine.processor.decode(request.token_ids))
+
+    def _done(self, item: dict[str, Any], image: NamedImage, request: Request) -> None:
+        number = item["id"]
+        self._requests.pop(number, None)
+        if request.state is State.CANCELLED:  # nobody waits for it
+            return
+        try:
+            answer = outcome(request)
+            tokens = len(request.question_ids)
+            told = {"op": "answer", "id": number, "answer": self._shown(answer), "prompt_tokens": tokens}
+            if item["look"]:
+                assert image.pixels is not None, "they are always sent with a question that looks"
+                looking = self.stepper.look(image.pixels, item["question"], answer.token_ids)
+                looking.add_done_callback(partial(self._looked, told))
+            else:
+                self.send(**told)
+        except ValueError as error:
+            self.send(op="error", id=number, code=word(error))
+        except Exception:
+            self._fault(number)
+
+    def _looked(self, told: dict[str, Any], looking: "Future[AttentionMaps]") -> None:
+        try:
+            told["answer"]["attention"] = as_lists(looking.result())
+            self.send(**told)
+        except ValueError as error:
+            self.send(op="error", id=told["id"], code=word(error))
+        except Exception:
+            self._fault(told["id"])
+
+    def _fault(self, number: int) -> None:
+        logging.getLogger(logs.LOGGER).exception("question_failed")
+        self.send(op="error", id=number, code="fault")
 
     def _shown(self, answer: Answer) -> dict[str, Any]:
         """An answer's fields, and its tokens as the vocabulary writes them."""
@@ -93,8 +140,9 @@ class EngineServer:
                 top[:] = [(tokenizer.id_to_token(token) or "", logprob) for token, logprob in top]
         return shown
 
-    def _send(self, **message: Any) -> None:
-        frames.write(self._writer, message)
+    def send(self, **message: Any) -> None:
+        with self._writing, contextlib.suppress(OSError):  # the server is gone: the thread that reads ends all
+            frames.send(self._sock, message)
 
 
 def as_lists(maps: AttentionMaps) -> dict[str, Any]:
@@ -143,25 +191,34 @@ def settle() -> None:
     gc.collect()  # the quarter is of what this one leaves
 
 
-async def serve(sock: socket.socket, given: dict[str, Any]) -> None:
+def serve(sock: socket.socket, given: dict[str, Any]) -> None:
     """Loads, answers one blank image to be warm, says so, and goes on until the socket ends."""
-    reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 20)
     try:
         config = EngineConfig(**given["config"])
         load = partial(Engine.load, given["checkpoint"], given["precision"], given["device"], config)
-        front = AsyncEngine(load, max_wait=given["max_wait"])
-        engine = front.engine
-        await front.answer(engine.processor.blank, "is this image normal?", SamplingParams(num_alternatives=0))
+        stepper = Stepper(load, given["max_wait"])
+        _warm(stepper)
     except (ValueError, OSError) as error:  # the one who starts the server reads it; no request has come yet
-        frames.write(writer, {"op": "failed", "message": " ".join(str(error).split())})
-        await writer.drain()
+        frames.send(sock, {"op": "failed", "message": " ".join(str(error).split())})
         return
     settle()
-    server = EngineServer(front, writer)
-    frames.write(writer, {"op": "ready", **describe(engine)})
+    server = EngineServer(stepper, sock)
+    server.send(op="ready", **describe(stepper.engine))
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            server.handle(*await frames.read(reader))
+            server.handle(*frames.receive(sock))
+
+
+def _warm(stepper: Stepper) -> None:
+    """
+    Raises:
+        ValueError: it cannot answer.
+    """
+    answered: Future[Request] = Future()
+    params = SamplingParams(num_alternatives=0)
+    stepper.expect()
+    stepper.add(stepper.engine.processor.blank, "is this image normal?", params, on_done=answered.set_result)
+    outcome(answered.result())
 
 
 def main() -> None:
@@ -173,7 +230,7 @@ def main() -> None:
     logs.configure()
     if given["threads"]:
         torch.set_num_threads(given["threads"])
-    asyncio.run(serve(sock, given))
+    serve(sock, given)
     sys.stdout.flush()
     os._exit(0)  # whatever still runs is asked for by nobody
 

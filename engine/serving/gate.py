@@ -46,7 +46,8 @@ HEADERS = [
 @dataclass
 class Exchange:
     """One request's life, for its route and for the log. problem: the word of how it failed. tasks: what the route has
-    begun; they end with the request. held: bytes that are, until it ends."""
+    begun; they end with the request. later: what is counted once the answer is out. held: bytes that are, until it
+    ends."""
 
     id: str
     path: str
@@ -58,6 +59,7 @@ class Exchange:
     stage: str = "body"
     complete: bool = False
     tasks: "list[asyncio.Future[Any]]" = field(default_factory=list)
+    later: list[Callable[[], None]] = field(default_factory=list)
     held: "Held | None" = None
 
     @property
@@ -218,6 +220,8 @@ class Gate:
             await asyncio.gather(*exchange.tasks, return_exceptions=True)
 
     def _conclude(self, exchange: Exchange) -> None:
+        for count in exchange.later:
+            count()
         handler = exchange.path if exchange.path in HANDLERS else "other"
         method = exchange.method if exchange.method in METHODS else "other"
         status = exchange.status or 499

@@ -4,6 +4,8 @@ Knows formats, and its own limits of memory and files; does not know who asks. N
 prints nothing: what a library would say of an image may hold its tags.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -21,6 +23,7 @@ from miss.engine.data.processor import stretch
 from miss.engine.serving.logs import places
 from miss.models.config import PreprocessConfig
 
+PIPE = 1 << 19  # bytes: most files, and a decoded image, in one write
 TOO_HUNGRY = "image_too_hungry"
 
 
@@ -29,6 +32,10 @@ def main(preprocess: PreprocessConfig, limits: ImageLimits, memory: int) -> None
     for name in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle: it closes the input
         signal.signal(name, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
+    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+        for pipe in (0, answers.fileno()):
+            with contextlib.suppress(OSError):  # where the system allows no more, an image takes several writes
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)

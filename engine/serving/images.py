@@ -14,7 +14,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from miss.engine.data.decoding import HEADER, MISTAKE, ONE_THREAD, PIXELS
 from miss.engine.data.errors import Reason
@@ -53,6 +53,15 @@ def from_base64(text: str) -> bytes:
     return data
 
 
+class Decoded(NamedTuple):
+    """pixels: uint8 (S, S, 3). notes: warnings about what the file says of itself. name: in hexadecimal, of these
+    pixels and no others."""
+
+    pixels: bytes
+    notes: list[str]
+    name: str
+
+
 class WorkerEnded(Exception):
     """A decoding process ended, by itself or because its time was over."""
 
@@ -73,7 +82,7 @@ class Worker:
         command = [sys.executable, "-P", "-m", "miss.engine.serving.image_worker", json.dumps(given)]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, env=environment()
+            *command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, env=environment(), limit=1 << 20
         )
         return cls(process)
 
@@ -86,8 +95,7 @@ class Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         line = json.dumps({"bytes": len(data), **asked}).encode() + b"\n"
         try:
-            self.process.stdin.write(line)
-            self.process.stdin.write(data)
+            self.process.stdin.writelines([line, data])
             await self.process.stdin.drain()
             kind, size = HEADER.unpack(await self.process.stdout.readexactly(HEADER.size))
             return kind, await self.process.stdout.readexactly(size)
@@ -148,19 +156,16 @@ class ImagePool:
         Raises:
             Refused: with one of the words of images.
         """
-        return (await self.noted(data, frame, window))[0]
+        return (await self.noted(data, frame, window)).pixels
 
-    async def noted(
-        self, data: bytes, frame: int | None = None, window: Window | None = None
-    ) -> tuple[bytes, list[str]]:
-        """Pixels, and warnings about what the file says of itself.
-
+    async def noted(self, data: bytes, frame: int | None = None, window: Window | None = None) -> Decoded:
+        """
         Raises:
             Refused: as `decode`.
         """
-        answer = await self._ask({"frame": frame, "window": window, "facts": False}, data)
+        key, answer = await self._ask({"frame": frame, "window": window, "facts": False}, data)
         num_bytes = 3 * self.preprocess["image_size"] ** 2
-        return answer[:num_bytes], [BURNED_IN] if len(answer) > num_bytes else []
+        return Decoded(answer[:num_bytes], [BURNED_IN] if len(answer) > num_bytes else [], key.hex())
 
     async def facts(self, data: bytes) -> dict[str, Any]:
         """`Facts` by name.
@@ -168,16 +173,18 @@ class ImagePool:
         Raises:
             Refused: as `decode`.
         """
-        found: dict[str, Any] = json.loads(await self._ask({"frame": None, "window": None, "facts": True}, data))
+        _, answer = await self._ask({"frame": None, "window": None, "facts": True}, data)
+        found: dict[str, Any] = json.loads(answer)
         return found
 
-    async def _ask(self, asked: dict[str, Any], data: bytes) -> bytes:
+    async def _ask(self, asked: dict[str, Any], data: bytes) -> tuple[bytes, bytes]:
+        """The hash of what was asked, and the answer."""
         key = hashlib.sha256(json.dumps(asked).encode() + b"\n" + data).digest()
         self.queries += 1
         if key in self._kept:
             self.hits += 1
             self._kept.move_to_end(key)
-            return self._kept[key]
+            return key, self._kept[key]
         one = self._running.get(key)
         if one is None:
             one = self._running[key] = Decoding()
@@ -185,7 +192,7 @@ class ImagePool:
         assert one.task is not None
         one.num_waiting += 1
         try:
-            return await asyncio.shield(one.task)
+            return key, await asyncio.shield(one.task)
         finally:
             one.num_waiting -= 1
             if not one.num_waiting and not one.begun:  # all have left before its turn came

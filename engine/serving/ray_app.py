@@ -143,6 +143,7 @@ class RayEngine:
         items: list[Item],
         timeout: float | None,
         on_text: Callable[[str], None] | None = None,
+        name: str | None = None,
     ) -> list[dict[str, Any]]:
         """As `Supervisor.ask`.
 
@@ -152,7 +153,8 @@ class RayEngine:
         if not self.ready or self._handle is None:
             raise Refused("not_ready")
         method, stream = ("ask", False) if on_text is None else ("stream", True)
-        handle = self._handle.options(method_name=method, stream=stream, session_id=hashlib.sha256(pixels).hexdigest())
+        session = name or hashlib.sha256(pixels).hexdigest()
+        handle = self._handle.options(method_name=method, stream=stream, session_id=session)
         for _ in range(TRIES):
             told = await self._told(handle.remote(pixels, items, timeout), on_text)
             if told.get("refused") != "not_ready":

@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +151,7 @@ class Service:
             except asyncio.CancelledError:
                 self._write_down(exchange, image, "client_gone", [])
                 raise
-        for answer in answers:
-            self.metrics.answered(answer)
+        exchange.later += [partial(self.metrics.answered, answer) for answer in answers]
         self._write_down(exchange, image, "answered", [round(a["score"], 6) for a in answers])
         exchange.stage = "response"
         return answers
@@ -169,13 +169,13 @@ class Service:
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + SLACK):
                 exchange.stage, start = "image", time.monotonic()
-                pixels, notes = await self.images.noted(image, *view)
-                self.metrics.took("image_decode_seconds", time.monotonic() - start)
+                seen = await self.images.noted(image, *view)
+                exchange.later.append(partial(self.metrics.took, "image_decode_seconds", time.monotonic() - start))
                 exchange.stage, left = "engine", deadline - time.monotonic()
                 if left <= 0:
                     raise Refused("deadline")
-                answers = await self.supervisor.ask(pixels, items, left, on_text)
-                return [{**answer, "warnings": [*answer["warnings"], *notes]} for answer in answers]
+                answers = await self.supervisor.ask(seen.pixels, items, left, on_text, seen.name)
+                return [{**answer, "warnings": [*answer["warnings"], *seen.notes]} for answer in answers]
         except TimeoutError:
             raise Refused("deadline") from None
 

@@ -6,12 +6,14 @@ all that it was asked ends as "restarted" at once, and a new one is started.
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import json
 import os
 import socket
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,9 @@ from miss.engine.serving.settings import ENCODED, Settings
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # between an engine that never got ready and the next try
 LOOKS_EACH = 1.0
+# On a CPU, where images are encoded no faster together, and answers wait meanwhile.
+BETWEEN = {"max_new_images": 2, "steps_between": 8}
+MOST_SENT = 4096  # names of images that an engine was given
 
 
 class CannotStart(ValueError):
@@ -32,10 +37,11 @@ class CannotStart(ValueError):
 
 @dataclass
 class Pending:
-    """A question that the engine has."""
+    """A question that the engine has. again: asks it once more, with its image's pixels."""
 
     answer: "asyncio.Future[dict[str, Any]]"
     on_text: Callable[[str], None] | None
+    again: Callable[[list[int]], None]
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Supervisor:
         self._writer: asyncio.StreamWriter | None = None
         self._ids = itertools.count()
         self._pending: dict[int, Pending] = {}
+        self._sent: OrderedDict[str, None] = OrderedDict()
         self._looks: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._life: asyncio.Task[None] | None = None
         self._failed: str | None = None
@@ -109,6 +116,7 @@ class Supervisor:
                 message, _ = await frames.read(reader)
                 if message["op"] == "ready":
                     self.model, self._writer = message, writer
+                    self._sent.clear()
                     watch = asyncio.create_task(self._watch(self.process))
                     event("engine_ready", seconds=round(message["load_seconds"], 3))
                     if not first.done():
@@ -133,6 +141,7 @@ class Supervisor:
             "max_waiting": 2 * s.max_waiting,  # the server's own bound comes first
             "max_waiting_pixels": 2 * s.max_waiting_pixels,
             "cache_bytes": ENCODED * s.cache_bytes,
+            **(BETWEEN if s.device == "cpu" else {}),
         }
         given = {
             **{"checkpoint": s.checkpoint, "precision": s.precision, "device": s.device, "threads": s.threads},
@@ -164,6 +173,10 @@ class Supervisor:
             look = self._looks.pop(message["id"], None)
             if look is not None and not look.done():
                 look.set_result(message["stats"])
+        elif message["op"] == "pixels":
+            waiting = [number for number in message["ids"] if number in self._pending]
+            if waiting:
+                self._pending[waiting[0]].again(waiting)
         elif message["op"] in ("text", "answer", "error"):
             pending = self._pending.get(message["id"])  # none: it was cancelled meanwhile
             if pending is not None and not pending.answer.done():
@@ -191,10 +204,12 @@ class Supervisor:
         items: list[Item],
         timeout: float | None,
         on_text: Callable[[str], None] | None = None,
+        name: str | None = None,
     ) -> list[dict[str, Any]]:
         """Answers in the order of the items, all about one image; `Answer`'s fields, and `prompt_tokens`.
 
-        Whoever is cancelled while waiting cancels the work.
+        Whoever is cancelled while waiting cancels the work. name: in hexadecimal, of these pixels and no others; None:
+        their hash. An image that the engine was given before is named only.
 
         Raises:
             Refused: one of the questions has no answer; the others are cancelled.
@@ -202,14 +217,20 @@ class Supervisor:
         if self._writer is None:
             raise Refused("not_ready")
         loop, writer, size = asyncio.get_running_loop(), self._writer, self.model["preprocess"]["image_size"]
-        mine = {next(self._ids): Pending(loop.create_future(), on_text) for _ in items}
+        message = {"op": "ask", "timeout": timeout, "stream": on_text is not None, "shape": [size, size, 3]}
+        message["image"] = name = name or hashlib.sha256(pixels).hexdigest()
+        asked = {
+            next(self._ids): {"question": item.question, "params": item.params, "look": item.look} for item in items
+        }
+
+        def send(numbers: list[int], data: bytes = pixels) -> None:
+            if self._writer is writer:
+                frames.write(writer, {**message, "items": [{"id": n, **asked[n]} for n in numbers]}, data)
+
+        mine = {number: Pending(loop.create_future(), on_text, send) for number in asked}
         self._pending |= mine
-        asked = [
-            {"id": number, "question": item.question, "params": item.params, "look": item.look}
-            for number, item in zip(mine, items, strict=True)
-        ]
-        message = {"op": "ask", "items": asked, "timeout": timeout, "stream": on_text is not None}
-        frames.write(writer, {**message, "shape": [size, size, 3]}, pixels)
+        known = self._note(name) and not any(item.look for item in items)
+        send(list(mine), b"" if known else pixels)
         waiting = [pending.answer for pending in mine.values()]
         try:
             return list(await asyncio.gather(*waiting))
@@ -224,6 +245,15 @@ class Supervisor:
                 pending.answer.cancel()
                 if not pending.answer.cancelled():
                     pending.answer.exception()  # looked at: another one's was raised
+
+    def _note(self, name: str) -> bool:
+        """Whether the engine was given this image already; from now on it was."""
+        known = name in self._sent
+        self._sent[name] = None
+        self._sent.move_to_end(name)
+        if len(self._sent) > MOST_SENT:
+            self._sent.popitem(last=False)
+        return known
 
     async def stats(self, timeout: float = 1.0) -> dict[str, Any] | None:
         """The engine's own counts now; None where it does not say in time."""

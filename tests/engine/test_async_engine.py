@@ -89,9 +89,9 @@ def test_who_is_cancelled_as_the_thread_wakes_up_does_not_end_it(engine, monkeyp
     async def main():
         async with AsyncEngine(engine) as front:
             monkeypatch.setattr(Engine, "busy", property(busy))
-            with front._change:
+            with front._stepper._change:
                 seen.append(True)
-                front._change.notify()
+                front._stepper._change.notify()
             await asyncio.sleep(0.2)
             assert not seen
             return await asyncio.wait_for(front.answer(image(0), QUESTIONS[0]), 20)

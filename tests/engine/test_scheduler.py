@@ -132,11 +132,32 @@ def test_the_queue_is_bounded_by_count_and_by_pixels_of_distinct_images():
     assert turns.num_waiting == 5 and turns.waiting_pixels == 2 * PIXELS
 
 
+def test_few_new_images_a_batch_and_those_who_run_have_their_steps_before_the_next():
+    turns = scheduler(max_new_images=2, steps_between=3)
+    for i, image in enumerate("abcabc"):
+        turns.add(request(i, image))
+    first = turns.admit()
+    assert sorted(r.image.key for r in first) == [b"a", b"a", b"b", b"b"]
+    kept = request(6, "kept")
+    kept.image.tokens = torch.zeros(1)
+    turns.add(kept)
+    assert turns.admit() == [kept]  # no image is encoded for it
+    assert turns.admit() == []
+    assert [r.image.key for r in turns.admit()] == [b"c", b"c"]  # after three steps
+    turns.add(request(7, "d"))
+    assert turns.admit() == []
+    end(turns.running)
+    turns.collect()
+    assert [r.image.key for r in turns.admit()] == [b"d"]  # at once: nobody waits for a step
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 8)), max_size=40), st.data())
 def test_everyone_gets_a_turn_and_every_slot_comes_back(asked, data):
     """Any arrivals between any ends: all are admitted once, within the limits, and at the end all slots are free."""
-    turns = scheduler(max_prefill_questions=5, max_prefill_images=3, refill_share=0.3)
+    new, steps = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 4))
+    limits = {"max_prefill_questions": 5, "max_prefill_images": 3, "max_new_images": new, "steps_between": steps}
+    turns = scheduler(refill_share=0.3, **limits)
     everyone = [request(i, image, branches) for i, (image, branches) in enumerate(asked)]
     coming, admitted = list(everyone), []
     while coming or turns.num_waiting or turns.running:
@@ -144,7 +165,7 @@ def test_everyone_gets_a_turn_and_every_slot_comes_back(asked, data):
             if coming:
                 turns.add(coming.pop(0))
         batch = turns.admit()
-        assert len(batch) <= 5 and len({r.image.key for r in batch}) <= 3
+        assert len(batch) <= 5 and len({r.image.key for r in batch}) <= min(3, new)
         admitted += batch
         slots = [s for r in turns.running for s in r.answer_slots]
         assert len(set(slots)) == len(slots) and len({r.question_slot for r in turns.running}) == len(turns.running)

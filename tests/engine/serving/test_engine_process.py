@@ -1,38 +1,37 @@
 """What the engine's process keeps of questions that nobody waits for any more."""
 
-import asyncio
 import gc
 import socket
+import time
 import tracemalloc
 from collections import deque
 from functools import partial
 
-from miss.engine.runtime.async_engine import AsyncEngine
 from miss.engine.runtime.engine import Engine
+from miss.engine.runtime.stepper import Stepper
 from miss.engine.serving.engine_process import EngineServer, settle
 
 SIDE = 400
 PIXELS = bytes(3 * SIDE * SIDE)
 
 
-async def ask(server, number, cancelled):
-    """As frames come in: a question, and its cancellation in the same tick or once it has begun."""
+def ask(server, number, cancelled):
+    """As frames come in: a question about an image of its own, and its cancellation at once or when it has begun."""
     item = {"id": number, "question": "which organ", "params": {}, "look": False}
-    message = {"op": "ask", "items": [item], "timeout": 60.0, "stream": False, "shape": [SIDE, SIDE, 3]}
-    server.handle(message, PIXELS)
+    named = {"image": f"{number:064x}", "shape": [SIDE, SIDE, 3]}
+    server.handle({"op": "ask", "items": [item], "timeout": 60.0, "stream": False, **named}, bytearray(PIXELS))
     if cancelled == "later":
-        await asyncio.sleep(0.001)
-    server.handle({"op": "cancel", "ids": [number]}, b"")
-    await asyncio.sleep(0)
+        time.sleep(0.001)
+    server.handle({"op": "cancel", "ids": [number]}, bytearray())
 
 
-async def left_behind(server, numbers, cancelled):
+def left_behind(server, numbers, cancelled):
     """Bytes that cancelled questions leave, once they are fewer than one image or after some seconds."""
     before, _ = tracemalloc.get_traced_memory()
     for number in numbers:
-        await ask(server, number, cancelled)
+        ask(server, number, cancelled)
     for _ in range(100):
-        await asyncio.sleep(0.05)
+        time.sleep(0.05)
         gc.collect()
         left = tracemalloc.get_traced_memory()[0] - before
         if left < len(PIXELS):
@@ -41,26 +40,23 @@ async def left_behind(server, numbers, cancelled):
 
 
 def test_a_question_that_is_cancelled_at_once_or_later_leaves_nothing_behind(folder):
-    """One that was cancelled before its task's first step kept its pixels for ever: 442 kB at 384 pixels."""
-
-    async def main():
-        ours, theirs = socket.socketpair()
-        _, writer = await asyncio.open_connection(sock=theirs)
-        async with AsyncEngine(partial(Engine.load, folder)) as front:
-            server = EngineServer(front, writer)
-            await ask(server, 0, "later")
-            await asyncio.sleep(0.2)
-            tracemalloc.start()
-            try:
-                later = await left_behind(server, range(1, 31), "later")
-                at_once = await left_behind(server, range(31, 61), "at once")
-            finally:
-                tracemalloc.stop()
-        writer.close()
+    """One that was cancelled before anything was done with it once kept its pixels for ever: 442 kB at 384 pixels."""
+    ours, theirs = socket.socketpair()
+    stepper = Stepper(partial(Engine.load, folder))
+    try:
+        server = EngineServer(stepper, theirs)
+        ask(server, 0, "later")
+        time.sleep(0.2)
+        tracemalloc.start()
+        try:
+            later = left_behind(server, range(1, 31), "later")
+            at_once = left_behind(server, range(31, 61), "at once")
+        finally:
+            tracemalloc.stop()
+    finally:
+        stepper.close()
         ours.close()
-        return later, at_once
-
-    later, at_once = asyncio.run(main())
+        theirs.close()
     assert later < len(PIXELS) and at_once < len(PIXELS), (later, at_once)
 
 

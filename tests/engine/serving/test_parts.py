@@ -6,11 +6,12 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from dataclasses import asdict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miss.engine.data import raster
@@ -18,6 +19,7 @@ from miss.engine.data.decoding import MISTAKE
 from miss.engine.data.errors import ImageLimits, Reason
 from miss.engine.data.images import decode_image
 from miss.engine.data.processor import stretch
+from miss.engine.serving import frames
 from miss.engine.serving.admission import Admission
 from miss.engine.serving.auth import Auth, is_loopback
 from miss.engine.serving.image_worker import answer
@@ -144,8 +146,8 @@ def test_text_that_a_file_says_is_burned_in_is_warned_of():
         return [await pool.noted(burned_in(told)) for told in (None, "NO", "YES", "yes ", "MAYBE")]
 
     found, _ = with_pool(use)
-    assert [notes for _, notes in found] == [[], [], [BURNED_IN], [BURNED_IN], []]
-    assert len({pixels for pixels, _ in found}) == 1 and len(found[0][0]) == 3 * 28 * 28
+    assert [one.notes for one in found] == [[], [], [BURNED_IN], [BURNED_IN], []]
+    assert len({one.pixels for one in found}) == 1 and len(found[0].pixels) == 3 * 28 * 28
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40), st.booleans()), max_size=30))
@@ -207,3 +209,36 @@ def test_a_line_of_the_log_holds_nothing_that_a_message_or_an_exception_says():
 def test_each_reason_of_an_image_has_its_word():
     assert set(OF_IMAGES) == set(Reason) and set(OF_IMAGES.values()) <= set(PROBLEMS)
     assert all(PROBLEMS[word].status == 422 for word in OF_IMAGES.values())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=40)), st.binary(max_size=40_000))
+def test_frames_arrive_as_they_were_written(message, data):
+    async def written():
+        reader, writer = await asyncio.open_connection(sock=ours)
+        frames.write(writer, message, data)
+        frames.write(writer, {"op": "next"})
+        await writer.drain()
+        found.append(await asyncio.to_thread(frames.receive, theirs))
+        found.append(await asyncio.to_thread(frames.receive, theirs))
+        frames.send(theirs, message)
+        found.append(await frames.read(reader))
+        writer.close()
+
+    found = []
+    ours, theirs = socket.socketpair()
+    with theirs:
+        asyncio.run(written())
+        assert found == [(message, data), ({"op": "next"}, b""), (message, b"")]
+        with pytest.raises(EOFError):
+            frames.receive(theirs)
+
+
+@pytest.mark.parametrize("sent", [b"\x02", frames.LENGTHS.pack(2, 9) + b"{}half", frames.LENGTHS.pack(1 << 31, 0)])
+def test_a_frame_that_ends_early_or_is_none_ends_the_connection(sent):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(sent)
+        ours.shutdown(socket.SHUT_WR)
+        with pytest.raises(EOFError):
+            frames.receive(theirs)

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from miss import Engine, SamplingParams
+from miss.engine.serving import frames
 from miss.engine.serving.auth import PUBLIC
 from miss.engine.serving.images import BURNED_IN
 from tests.engine.serving.broken import burned_in
@@ -40,6 +41,25 @@ def test_many_questions_for_one_image_are_answered_as_by_the_engine(server, engi
         assert [a["answer"] for a in answer["alternatives"]] == [a.text for a in truth.alternatives]
     assert found["id"] == response.headers["x-request-id"] and found["model"] == "tiny"
     assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] + found["usage"]["completion_tokens"]
+
+
+def test_an_image_is_sent_to_the_engine_once_and_again_where_it_was_let_go(server, engine, monkeypatch):
+    asked, write = [], frames.write
+
+    def noted(writer, message, data=b""):
+        if message["op"] == "ask":
+            asked.append((len(message["items"]), len(data)))
+        write(writer, message, data)
+
+    monkeypatch.setattr(frames, "write", noted)
+    answers = [server.vqa(png(71), *QUESTIONS).json()["answers"] for _ in range(2)]
+    size = 3 * engine.processor.preprocess.image_size**2
+    assert asked == [(4, size), (4, 0)]
+    assert [a["answer"] for a in answers[0]] == [a["answer"] for a in answers[1]]
+    monkeypatch.setattr(server.service.supervisor, "_note", lambda name: True)  # what the engine has no more
+    found = server.vqa(png(72), *QUESTIONS).json()["answers"]
+    assert asked[2:] == [(4, 0), (4, size)]
+    assert [a["answer"] for a in found] == [engine.answer(png(72), q).text for q in QUESTIONS]
 
 
 def test_a_form_is_answered_as_json_is(server):
