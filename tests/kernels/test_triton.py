@@ -1,4 +1,4 @@
-"""Every Triton kernel in Triton's interpreter, in processes of their own: whether it interprets is settled at its import.
+"""Every Triton kernel in Triton's interpreter, in processes of their own: that it interprets is settled at its import.
 
 Interpreted, bfloat16 products are made in float32 (miss.kernels.triton_parts.dot), conversions to bfloat16 truncate,
 and programs run one after another: what a GPU rounds, races and misaligned loads are not shown.

@@ -11,7 +11,7 @@ from miss.engine.runtime.engine import Engine
 from miss.engine.runtime.stepper import Stepper
 from miss.engine.serving.engine_process import EngineServer, settle
 
-SIDE = 400
+SIDE = 392  # of whole patches
 PIXELS = bytes(3 * SIDE * SIDE)
 
 
