@@ -73,7 +73,7 @@ def engine_flags(engine: str) -> list[str]:
 
 
 def on_ranks(words: Sequence[str], ranks: int) -> list[str]:
-    """The last line that each rank prints.
+    """The last line that each rank prints, empty where it prints none.
 
     Raises:
         SystemExit: one failed; what it said is shown, and the others are ended.
@@ -99,7 +99,7 @@ def on_ranks(words: Sequence[str], ranks: int) -> list[str]:
     if any(codes):
         told = said[codes.index(max(codes))][-3000:]
         sys.exit(f"pretrain_memory: exit codes {codes} of miss {' '.join(words)}\n{told}")
-    return [text.splitlines()[-1] for text in said]
+    return [(text.splitlines() or [""])[-1] for text in said]
 
 
 def rank_runs(words: list[str]) -> int:

@@ -11,6 +11,7 @@ blocks at once, and the gaps between them, stay for the next pass. PyTorch's CUD
 import contextlib
 import ctypes
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def measured(run: Callable[[], Tensor], model: nn.Module) -> Pass:
     def note(p: Tensor) -> None:
         times.append((time.time_ns(), p.numel() * p.element_size()))
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on the standard error when it starts and stops
     activity = torch.profiler.ProfilerActivity.CPU
     with _after_gradients(model, note), torch.profiler.profile(activities=[activity], profile_memory=True) as record:
         run().backward()  # type: ignore[no-untyped-call]
@@ -60,6 +62,7 @@ def measured(run: Callable[[], Tensor], model: nn.Module) -> Pass:
     if device.type != "cpu":
         return Pass(curve, 0, 0)
     del record
+    give_back()  # of what recording took
     run().backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
     after = resident_bytes()
@@ -121,7 +124,7 @@ def _tensor_bytes() -> int:
     """Of all distinct tensors in this memory that Python can see."""
     sizes: dict[int, int] = {}
     for one in gc.get_objects():
-        if isinstance(one, Tensor) and one.device.type == "cpu" and one.layout == torch.strided:
+        if issubclass(type(one), Tensor) and one.device.type == "cpu" and one.layout == torch.strided:
             storage = one.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
