@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +88,8 @@ def _curve(
     """From the allocations of a record and the times at which gradients were there, those above so many bytes."""
     kind = DeviceType.CPU if device.type == "cpu" else DeviceType.CUDA
     assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [
-        (event.start_ns(), event.nbytes(), 0)
-        for event in record.profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == kind and abs(event.nbytes()) > least
-    ]
+    recorded: list[Any] = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [(e.start_ns(), e.nbytes(), 0) for e in recorded if e.device_type() == kind and abs(e.nbytes()) > least]
     events += [(when, 0, size) for when, size in gradients if size > least]
     live = arrived = 0
     curve = [(0, 0)]

@@ -27,7 +27,7 @@ def test_a_pass_counts_large_blocks_and_what_stays_in_the_heap():
         # layers 2 to 4 keep their inputs, the square its own; the backward pass has its gradient and the next beside
         assert (4 * one <= found.large(0) <= 7 * one) if large else found.large(0) == 0
         assert found.curve[-1] == (0, 0) and found.large(1.0) == found.large(0.0), "small gradients are the heap's"
-        assert large or 2 * one <= found.heap <= 9 * one
+        assert large or 3 * one <= found.heap <= 15 * one, "with gaps"
         assert 5e7 < found.process < resident_bytes() <= most_resident_bytes()
         assert all(p.grad is None for p in model.parameters())
 
@@ -56,8 +56,8 @@ def states(terms, *names):
 @needs_zero
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_where_deepspeed_s_estimates_are_true_they_are_ours(ranks):
-    """Halves: weights, float32 masters, moments and gradients; the sixth byte is the halves' own gradient, which a
-    bucket holds here. With one layer gathered stage 3's is ours, too."""
+    """Halves: weights, float32 masters, moments and gradients. At stage 2 they also count the halves' own gradients,
+    which a bucket holds here; at stage 3 the largest layer, where here all may stay gathered."""
     from miss.engine.training.zero import estimates
 
     says = estimates(SIZES.total, SIZES.largest, ranks, "cpu")
@@ -66,7 +66,7 @@ def test_where_deepspeed_s_estimates_are_true_they_are_ours(ranks):
         when, terms = rank_memory(SIZES, stage, setting, one)
         assert when == "backward"
         held = states(terms, "weights", "masters", "moments", "gradients")
-        own = says[stage] - 2 * SIZES.trained // ranks - (4 * SIZES.largest if stage == "zero 3" else 0)
+        own = says[stage] - (4 * SIZES.largest if stage == "zero 3" else 2 * SIZES.trained // ranks)
         assert held == pytest.approx(own, abs=8)
 
 
