@@ -20,6 +20,7 @@ from miss.engine.training.mix import Tell
 from miss.engine.training.optimizer import freeze
 from miss.engine.training.pretrain_config import PretrainConfig
 from miss.engine.training.pretrain_pairs import ChosenPairs, choose_pairs
+from miss.engine.training.pretrain_pass import give_back
 from miss.engine.training.pretrain_task import Pretraining
 from miss.engine.training.pretrain_validation import PairValidation
 from miss.engine.training.ranks import ALONE, Ranks
@@ -94,6 +95,7 @@ def prepare(
     )
     if resume is not None:
         trainer.resume(resume)
+    give_back()
     return PretrainRun(config, model, processor, chosen, loader, trainer)
 
 

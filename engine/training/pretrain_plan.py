@@ -1,72 +1,109 @@
-"""What a pretraining run will need: bytes of memory on a rank, bytes between ranks in a step, by engine and stage.
+"""What a pretraining run's needs follow from: sizes of its model, facts of its setting; and bytes that ranks send.
 
-Knows the model's sizes and what each stage shards; does not know data. Sums are of what stands there between and during
-steps; what an allocator keeps beyond it is not in them.
+Knows a model's parameters and a run's configuration; does not know what an engine holds when (`pretrain_memory.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from miss.models.pretrain import MissPretrain
+from miss.engine.data.pairs import Pair
+from miss.engine.training.pretrain_config import PretrainConfig
+from miss.engine.training.pretrain_pass import LARGE
+from miss.engine.training.pretrain_task import augments
+from miss.engine.training.zero_config import default_bucket
+from miss.models.pretrain import MissPretrain, PretrainBatch
 
 STAGES = ("plain", "zero 0", "zero 1", "zero 2", "zero 3")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers (not bytes) of a model: all parameters, those that are trained, the largest one, what the twin follows;
-    and bytes of the queue."""
+    """Numbers (not bytes) of a model: all parameters, those that are trained, the largest one, those that are large
+    blocks in float32, the largest group of the optimiser's, what the twin follows and what of that is not trained; and
+    bytes of the queue."""
 
     total: int
     trained: int
     largest: int
+    large: int
+    group: int
     twin: int
+    twin_frozen: int
     queue_bytes: int
     feature_width: int
 
     @classmethod
-    def of(cls, model: MissPretrain) -> "Sizes":
-        parameters = list(model.parameters())
+    def of(cls, model: MissPretrain, groups: Collection[Collection[str]]) -> "Sizes":
+        """groups: the names in each of the optimiser's groups."""
+        parameters = dict(model.named_parameters())
+        twin = dict(model.memory.twin.named_parameters())
         queue = sum(t.numel() * t.element_size() for t in model.memory.queue.tensors().values())
         return cls(
-            sum(p.numel() for p in parameters),
-            sum(p.numel() for p in parameters if p.requires_grad),
-            max(p.numel() for p in parameters),
-            sum(p.numel() for p in model.memory.twin.parameters()),
+            sum(p.numel() for p in parameters.values()),
+            sum(p.numel() for p in parameters.values() if p.requires_grad),
+            max(p.numel() for p in parameters.values()),
+            sum(p.numel() for p in parameters.values() if p.requires_grad and 4 * p.numel() > LARGE),
+            max(sum(parameters[name].numel() for name in group) for group in groups),
+            sum(p.numel() for p in twin.values()),
+            sum(p.numel() for name, p in twin.items() if not parameters[name].requires_grad),
             queue,
             model.objective.feature_width,
         )
 
 
-def rank_memory(sizes: Sizes, stage: str, ranks: int, bf16: bool, activations: int) -> dict[str, int]:
-    """Bytes on one rank, by what they are for.
+@dataclass(frozen=True)
+class Setting:
+    """What of a run, beside the model, its memory follows from.
 
-    Halves (`bf16` at stages 1 to 3) have float32 masters and add up gradients in float32. `copy`: the whole model that
-    validation and export need where the engine keeps none.
+    bucket: numbers in DeepSpeed's buckets. eight_bits: moments are bitsandbytes'. average: whether there is a moving
+    average. pairs: bytes of decoded pairs on a rank (those made ready ahead, those of validation). remembered: bytes of
+    a frozen encoder's tokens. library: what DeepSpeed's import takes.
     """
-    number = STAGES.index(stage) - 1
-    halves = bf16 and number >= 1
-    width, share = 2 if halves else 4, ranks if number >= 1 else 1
-    weights = width * sizes.total
-    if number == 3:
-        weights = width * (-(-sizes.total // ranks) + 2 * sizes.largest)  # its shard, and what a layer gathers
-    gradients = 4 * sizes.trained // (ranks if number >= 2 else 1)
-    if halves and number == 1:
-        gradients += 2 * sizes.trained
-    return {
-        "weights": weights,
-        "gradients": gradients,
-        "masters": 4 * sizes.trained // share if number >= 1 else 0,
-        "moments": 8 * sizes.trained // share,
-        "twin": 4 * sizes.twin,
-        "queue": sizes.queue_bytes,
-        "copy": 4 * sizes.total if number == 3 or halves else 0,
-        "activations": activations,
-    }
+
+    ranks: int
+    bf16: bool = False
+    bucket: int = 1 << 22
+    eight_bits: bool = False
+    average: bool = False
+    pairs: int = 0
+    remembered: int = 0
+    library: int = 0
+
+
+def setting_of(
+    config: PretrainConfig,
+    model: MissPretrain,
+    train: Sequence[Pair],
+    num_validation: int,
+    part: PretrainBatch,
+    ranks: int,
+    library: int,
+) -> Setting:
+    """part: the largest of a step on a rank. A frozen encoder's tokens of unchanged images are remembered on each rank
+    (`remembered.py`): of as many images as there are, or as the run's steps have on a rank."""
+    data, validation = config.data, config.validation
+    pair = part.pixels[:1].numel()
+    ahead = len(part.ids) * data.accumulation * (data.ahead + 2)  # made ready, in work, and being made
+    parts = -(-num_validation // validation.batch_pairs) if num_validation else 0
+    own = min(num_validation, -(-parts // ranks) * validation.batch_pairs)
+    remembered = 0
+    if not (config.train_vision or augments(config)):
+        with torch.no_grad(), torch.autocast(part.pixels.device.type, torch.bfloat16, enabled=config.bf16):
+            tokens = model.memory.twin.vision(part.pixels[:1])
+        visits = config.schedule.total_steps * len(part.ids) * data.accumulation
+        remembered = tokens.numel() * tokens.element_size() * min(visits, len({one.key for one in train}))
+    return Setting(
+        ranks,
+        config.bf16,
+        default_bucket(model.config.encoder.hidden_size),
+        config.optimizer.name == "adamw8bit",
+        config.ema.decay > 0,
+        pair * (ahead + own),
+        remembered,
+        library,
+    )
 
 
 def step_bytes(sizes: Sizes, stage: str, ranks: int, bf16: bool, pairs: int, parts: int) -> dict[str, int]:
@@ -85,27 +122,3 @@ def step_bytes(sizes: Sizes, stage: str, ranks: int, bf16: bool, pairs: int, par
         "twin": round(ring * followed),
         "features": round(ring * pairs * (8 + 2 * 4 * sizes.feature_width)),
     }
-
-
-def saved_bytes(run: Callable[[], Any], model: MissPretrain) -> int:
-    """Bytes of distinct memory that a forward pass keeps for its backward pass, weights left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    own |= {t.untyped_storage().data_ptr() for t in model.memory.tensors().values()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        held = run()
-    del held
-    return sum(kept.values())
-
-
-def resident_bytes() -> int:
-    """What this process has in memory now (Linux)."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096

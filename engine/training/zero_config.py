@@ -159,9 +159,14 @@ def _completed(values: dict[str, Any], run: RunFacts) -> dict[str, Any]:
     return values
 
 
+def default_bucket(width: int) -> int:
+    """Numbers in a bucket of gradients or weights for a model of that width."""
+    return max(width**2, 2**22)
+
+
 def _sizes(run: RunFacts) -> dict[str, int]:
     """Buckets that follow from the model's width, in numbers: DeepSpeed's own default of 5e8 takes 2 GB each."""
-    bucket = max(run.width**2, 2**22)
+    bucket = default_bucket(run.width)
     return {
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,

@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 
 
 def dry_run(config: "PretrainConfig", ranks: "Ranks", as_json: bool) -> int:
-    from miss.engine.training.pretrain_plan import resident_bytes
-
     folder = Path(ranks.on_first(lambda: tempfile.mkdtemp(prefix="miss-dry-")))
     try:
-        found: dict[str, Any] = {"ranks": ranks.world_size, "before_bytes": resident_bytes()}
-        found |= _plan(config, folder, ranks)
+        found: dict[str, Any] = {"ranks": ranks.world_size, **_plan(config, folder, ranks)}
         found["largest_resident_bytes"] = ranks.gather_objects(_through_everything(config, folder, ranks))
     finally:
         if ranks.first:
@@ -36,14 +33,16 @@ def dry_run(config: "PretrainConfig", ranks: "Ranks", as_json: bool) -> int:
 
 
 def _plan(config: "PretrainConfig", folder: Path, ranks: "Ranks") -> dict[str, Any]:
-    """Sizes, steps and bytes of the run as it is configured; a real part's forward pass is measured."""
+    """Sizes, steps and bytes of the run as it is configured; a real part's passes are measured."""
     import torch
 
     from miss.engine.data.pair_sampler import PairSampler
-    from miss.engine.training.optimizer import freeze
+    from miss.engine.training.optimizer import freeze, parameter_groups
     from miss.engine.training.pretrain import load_model, make_loader
+    from miss.engine.training.pretrain_memory import rank_memory
     from miss.engine.training.pretrain_pairs import choose_pairs
-    from miss.engine.training.pretrain_plan import STAGES, Sizes, rank_memory, saved_bytes, step_bytes
+    from miss.engine.training.pretrain_pass import measured
+    from miss.engine.training.pretrain_plan import STAGES, Sizes, setting_of, step_bytes
     from miss.engine.training.setup import begin, nothing
     from miss.models.recompute import recompute_layers
 
@@ -58,11 +57,19 @@ def _plan(config: "PretrainConfig", folder: Path, ranks: "Ranks") -> dict[str, A
     steps = make_loader(config, chosen.train, processor, folder / "plan", device, ranks).steps()
     part = max(next(steps), key=lambda batch: len(batch.ids)).to(device)
     steps.close()
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-        activations = max(ranks.gather_objects(saved_bytes(lambda: model(part, seed=1), model)))
-    sizes, data = Sizes.of(model), config.data
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            total: torch.Tensor = model(part, seed=1).total
+        return total
+
+    one = measured(loss, model)
+    sizes = Sizes.of(model, [group.parameters for group in parameter_groups(model, config.optimizer)])
+    library, says = _deepspeed(sizes, ranks)
+    setting = setting_of(config, model, chosen.train, len(chosen.validation), part, ranks.world_size, library)
+    fullest = {stage: rank_memory(sizes, stage, setting, one) for stage in STAGES}
+    run_ranks, data = max(2, ranks.world_size), config.data
     sampler = PairSampler(len(chosen.train), data.pairs_per_step, config.seed)
-    run_ranks = max(2, ranks.world_size)
     return {
         "pairs": len(chosen.train),
         "validation_pairs": len(chosen.validation),
@@ -71,8 +78,9 @@ def _plan(config: "PretrainConfig", folder: Path, ranks: "Ranks") -> dict[str, A
         "epochs": round(sampler.epoch_of_step(config.schedule.total_steps), 2),
         "sizes": dataclasses.asdict(sizes),
         "stage": "plain" if config.engine == "plain" else f"zero {config.zero_stage}",
-        "memory": {s: rank_memory(sizes, s, ranks.world_size, config.bf16, activations) for s in STAGES},
-        "deepspeed_says": _estimates(sizes, ranks),
+        "memory": {stage: terms for stage, (_, terms) in fullest.items()},
+        "fullest": {stage: when for stage, (when, _) in fullest.items()},
+        "deepspeed_says": says,
         "sent_ranks": run_ranks,
         "sent": {
             s: step_bytes(sizes, s, run_ranks, config.bf16, data.pairs_per_step, data.accumulation) for s in STAGES
@@ -80,23 +88,26 @@ def _plan(config: "PretrainConfig", folder: Path, ranks: "Ranks") -> dict[str, A
     }
 
 
-def _estimates(sizes: Any, ranks: "Ranks") -> dict[str, int]:
-    """DeepSpeed's own, of bytes on a device; empty where it is not installed."""
+def _deepspeed(sizes: Any, ranks: "Ranks") -> tuple[int, dict[str, int]]:
+    """What its import takes in memory, and its own estimates of bytes on a device; 0 and none where there is none."""
+    from miss.engine.training.pretrain_pass import resident_bytes
+
+    before = resident_bytes()
     try:
         from miss.engine.training.zero import estimates
 
-        return estimates(sizes.trained, sizes.largest, ranks.world_size, ranks.device.type)
+        says = estimates(sizes.trained, sizes.largest, ranks.world_size, ranks.device.type)
     except ModuleNotFoundError:
-        return {}
+        return 0, {}
+    return resident_bytes() - before, says
 
 
 def _through_everything(config: "PretrainConfig", folder: Path, ranks: "Ranks") -> int:
     """Two pairs a rank: a step, validation, saving and loading; the most that the process had in memory."""
-    import resource
-
     from miss.engine.training.checkpoint import CheckpointStore
     from miss.engine.training.pretrain import prepare
     from miss.engine.training.pretrain_pairs import ChosenPairs, read_pairs
+    from miss.engine.training.pretrain_pass import most_resident_bytes
     from miss.engine.training.setup import nothing
 
     few = read_pairs(config.data)[: 2 * ranks.world_size]
@@ -111,7 +122,7 @@ def _through_everything(config: "PretrainConfig", folder: Path, ranks: "Ranks") 
     newest = ranks.on_first(lambda: CheckpointStore(folder / "checkpoints").newest())
     assert newest is not None
     run.trainer.resume(newest)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return most_resident_bytes()
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -119,18 +130,26 @@ def _show(found: dict[str, Any]) -> None:
         f"{found['pairs']:,} pairs ({found['validation_pairs']:,} more for validation), {found['steps']:,} steps, "
         f"{found['steps_per_epoch']:,} an epoch: {found['epochs']} epochs"
     )
-    columns = list(next(iter(found["memory"].values())))
-    tell(f"memory of a rank of {found['ranks']}, MB (beside {found['before_bytes'] / 1e6:.0f} of the process itself):")
-    tell("  " + " ".join(f"{name:>11}" for name in ("engine", *columns, "sum", "DeepSpeed")))
-    for stage, parts in found["memory"].items():
-        says = found["deepspeed_says"].get(stage)
-        cells = [*(f"{value / 1e6:.0f}" for value in parts.values()), f"{sum(parts.values()) / 1e6:.0f}"]
-        mark = " *" if stage == found["stage"] else ""
-        line = [stage, *cells, "-" if says is None else f"{says / 1e6:.0f}"]
-        tell("  " + " ".join(f"{cell:>11}" for cell in line) + mark)
+    _show_memory(found)
     tell(f"sent by a rank of {found['sent_ranks']} in a step, MB:")
     for stage, parts in found["sent"].items():
         shown = ", ".join(f"{name} {value / 1e6:.1f}" for name, value in parts.items())
         tell(f"  {stage:>11}  {sum(parts.values()) / 1e6:.1f} ({shown})")
     most = ", ".join(f"{value / 1e6:.0f}" for value in found["largest_resident_bytes"])
     tell(f"two pairs a rank went through a step, validation, saving and loading; nothing was kept. Most, MB: {most}")
+
+
+def _show_memory(found: dict[str, Any]) -> None:
+    """A row for each engine and stage, a column for each kind that any of them has."""
+    memory = found["memory"]
+    names = [name for name in next(iter(memory.values())) if any(terms[name] for terms in memory.values())]
+    tell(f"memory of a rank of {found['ranks']} (the first) when it holds most, MB:")
+    rows = [["engine", *names, "sum", "when", "DeepSpeed's"]]
+    for stage, terms in memory.items():
+        says = found["deepspeed_says"].get(stage)
+        cells = [f"{terms[name] / 1e6:.0f}" for name in names] + [f"{sum(terms.values()) / 1e6:.0f}"]
+        mark = " *" if stage == found["stage"] else ""
+        rows.append([stage + mark, *cells, found["fullest"][stage], "-" if says is None else f"{says / 1e6:.0f}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        tell("  " + " ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))

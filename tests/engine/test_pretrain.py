@@ -183,8 +183,8 @@ def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing(place, tmp_path, caps
     model, _ = load_model(tiny_pretrain_config(place), lambda text: None)
     numbers = sum(p.numel() for p in model.parameters())
     plain, sharded = found["memory"]["plain"], found["memory"]["zero 2"]
-    assert plain["weights"] == plain["gradients"] == 4 * numbers and plain["moments"] == 8 * numbers
-    assert plain["queue"] == 20 * (2 * 16 * 4 + 8) + 8 and plain["activations"] > 0
+    assert plain["weights"] == 4 * numbers and plain["moments"] == 8 * numbers and plain["process"] > 1e8
+    assert plain["queue"] == 20 * (2 * 16 * 4 + 8) + 8 and found["fullest"].keys() == found["memory"].keys()
     assert sharded["masters"] == 4 * numbers and found["sent"]["zero 3"]["weights"] == 4 * numbers
 
 

@@ -606,7 +606,7 @@ def test_any_error_of_a_rank_is_said_by_the_others(launcher, place, whose):
 @pytest.mark.parametrize("whose", [0, 1])
 def test_an_error_of_one_rank_in_pretraining_s_validation(launcher, place, whose):
     """The other waits for its figures, and leaves with the reason."""
-    flags = ("--max-steps", "2", "--validation.every", "1", "--validation.batch-pairs", "2", "--validation.pairs", "4")
+    flags = ("--max-steps", "2", "--validation.every", "1")
     run = pretrain(launcher, place, f"unsound{whose}", *flags, plants=[("broken_validation", whose)])
     assert run.wait() == [1, 1], run.texts()
     assert f"miss pretrain: rank {whose} failed: a rank's own misfortune" in run.text(1 - whose)
