@@ -8,10 +8,12 @@ Run on CPU over gloo, 1 and 2 ranks (docs/zero.md); never run here on CUDA.
 """
 
 import contextlib
+import functools
 import io
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +75,8 @@ class ZeroEngine:
         self._base_rates = [group["base_rate"] for group in optimizer.param_groups]
         self._opened = Opened(model)
         library = _deepspeed(ranks)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the memory before and after each group
+        quiet = contextlib.redirect_stdout(io.StringIO())  # it prints the memory before and after each group
+        with quiet, ranks.watched("starting DeepSpeed", talk=False):
             self._engine: Any = library.initialize(
                 model=self._opened, optimizer=optimizer, dist_init_required=False, config=config
             )[0]
@@ -388,7 +391,10 @@ def _deepspeed(ranks: Ranks) -> Any:
     if ranks.device.type == "cpu":  # its shared-memory reduction is compiled on first use (35 s, and a compiler)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    time_calls(deepspeed.comm.comm.cdb, _CALLS, ranks.clock)
+    backend = deepspeed.comm.comm.cdb
+    # Groups of its own would wait PyTorch's half hour for a rank that is gone, whatever the limit of these ranks.
+    backend.new_group = functools.partial(dist.new_group, timeout=timedelta(seconds=ranks.timeout))
+    time_calls(backend, _CALLS, ranks.clock)
     return deepspeed
 
 

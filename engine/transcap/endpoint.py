@@ -26,6 +26,7 @@ from miss.engine.transcap.writer import Candidate, WriterError, Written, number
 
 MOST_BYTES = 8 * 1024 * 1024
 LONGEST_WAIT = 120.0
+NOTHING_NEW = 3  # requests in a row that brought no new text: the server does not sample, and would say it for ever
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 AGAIN = frozenset({408, 409, 425, 429})
 HINTS = {
@@ -115,7 +116,8 @@ class Rate:
 
 
 class EndpointWriter:
-    """Asks for several choices a request, and again where the server gives fewer, until there are enough."""
+    """Asks for several choices a request, and again where the server gives fewer, until there are enough or nothing new
+    comes."""
 
     name = "endpoint"
 
@@ -150,13 +152,16 @@ class EndpointWriter:
     def _write_one(self, label_set: LabelSet, wanted: int, seed: int) -> Written:
         written = Written([], {"read": 0, "written": 0, "requests": 0})
         messages = self.prompt.messages(label_set.facts)
+        texts, idle = set[str](), 0
         for request in range(wanted):
             left = wanted - len(written.candidates)
-            if left <= 0:
+            if left <= 0 or idle == NOTHING_NEW:
                 break
             drawn = number(seed, label_set.key, self.prompt.hash, request) % 2**31
             body = {"model": self.endpoint.model, "messages": messages, "n": left, "seed": drawn, **self._sampling}
             self._take(written, self._ask(body, drawn), left)
+            known, texts = texts, {c.text for c in written.candidates}
+            idle = idle + 1 if texts == known else 0
         return written
 
     def _take(self, written: Written, answer: dict[str, Any], left: int) -> None:

@@ -282,6 +282,17 @@ def test_kill_9_under_the_other_stages(launcher, place, undisturbed, engine):
     killed_again_and_again(launcher, place, undisturbed, engine, 4, 3)
 
 
+@needs_zero
+@pytest.mark.parametrize("whose", [1, pytest.param(0, marks=pytest.mark.torture)])
+def test_kill_9_of_a_rank_while_deepspeed_starts(launcher, place, whose):
+    """Its groups wait as long as the run's ranks do, not PyTorch's half hour."""
+    flags = ("--zero", "2", "--rank-timeout", "5")
+    run = pretrain(launcher, place, f"starting{whose}", *flags, plants=[("killed_as_deepspeed_starts", whose)])
+    codes = run.wait(40)
+    assert codes[whose] == -9 and codes[1 - whose] == 75, run.texts()
+    assert f"rank {whose} was killed or stands still" in run.text(1 - whose)
+
+
 def torchrun(place, output, kills, rng, *flags):
     """torchrun with restarts; so many times one of its two processes is killed when the log has grown."""
     words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(kills), "-m", "miss", "finetune"]
@@ -544,7 +555,7 @@ def test_a_damaged_checkpoint_gives_way_and_the_run_ends_the_same(launcher, plac
 
 @pytest.mark.torture
 @needs_zero
-@pytest.mark.parametrize("name", ["memory", "optimizer", "average", "model"])
+@pytest.mark.parametrize("name", ["memory", "optimizer", "model", "random-1"])
 def test_a_damaged_twin_or_queue_gives_way(launcher, place, undisturbed, name):
     flags, output = ("--zero", "2"), place / f"twin-{name}"
     assert pretrain(launcher, place, output.name, *flags, "--max-steps", "12").wait() == [0, 0]

@@ -169,6 +169,13 @@ def test_fewer_choices_than_asked_for_are_asked_for_again(server):
     assert server.requests[0][1]["messages"][-1]["content"] == "CT of the chest."
 
 
+def test_a_server_that_does_not_sample_is_not_asked_for_ever(server):
+    """One choice a request, whatever `n`, and the same for every seed: transformers serve without do_sample."""
+    server.most = 1
+    (written,) = writer(server).write(SETS[:1], 16, seed=7)
+    assert len(server.requests) == 4 and {c.text for c in written.candidates} == {"A CT of the chest."}
+
+
 @pytest.mark.parametrize(
     "fault",
     [
