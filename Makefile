@@ -53,7 +53,7 @@ answer: $(VENV)/.answer
 
 # Two processes of one thread each: the tests' tensors are too small for two threads to share.
 test: $(VENV)/.setup
-	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.setup
 	@$(RUN) ruff format --check . && $(RUN) ruff check . && $(RUN) mypy
