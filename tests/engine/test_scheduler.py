@@ -151,7 +151,7 @@ def test_few_new_images_a_batch_and_those_who_run_have_their_steps_before_the_ne
     assert [r.image.key for r in turns.admit()] == [b"d"]  # at once: nobody waits for a step
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 8)), max_size=40), st.data())
 def test_everyone_gets_a_turn_and_every_slot_comes_back(asked, data):
     """Any arrivals between any ends: all are admitted once, within the limits, and at the end all slots are free."""
