@@ -235,7 +235,7 @@ def killed_again_and_again(launcher, place, undisturbed, engine, kills, seed, co
     """kill -9 of either rank at random moments: while joining and reading, or (two in three) once the log has grown,
     in a step, a validation or a save; and the same command again."""
     rng, steps, longest = random.Random(seed), 24 + 12 * kills, [0.0, 0.0]
-    name, total = f"killed-{command.__name__}-{engine}-{seed}", ("--schedule.total-steps", str(steps))
+    name, total = f"killed-{command.__name__}-{engine}-{kills}", ("--schedule.total-steps", str(steps))
     waits = ("--rank-timeout", "20")  # for one that is killed before it joined: a launcher would end the other
     whole = undisturbed(engine, steps, command)
     for kill in range(kills):
