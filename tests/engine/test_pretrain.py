@@ -1,7 +1,10 @@
 """`miss pretrain` on one process: exact resume, what is saved, validation, what is kept out, errors."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +27,8 @@ from miss.engine.training.spent import Spent
 from miss.models.config import ConfigError
 from miss.models.pretrain_files import load_pretrained
 from tests.engine.tiny_pairs import tiny_pretrain_config, write_config, write_pairs, write_start
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +176,14 @@ def test_configurations_go_there_and_back_and_refuse(place):
             PretrainConfig.from_dict(values)
 
 
-def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing(place, tmp_path):
+    """In a process of its own: other tests' tensors would be taken off what the process holds."""
     config = write_config(place, "dry.yaml")
-    assert run(["pretrain", "--config", str(config), "--dry-run", "--json"]) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
+    command = [sys.executable, "-m", "miss", "pretrain", "--config", str(config), "--dry-run", "--json"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, err = json.loads(done.stdout), done.stderr
     assert found["pairs"] == 36 and found["steps_per_epoch"] == 5 and found["epochs"] == 1.33
     assert not list(tmp_path.glob("miss-dry-*")) and "nothing was kept" in err
     model, _ = load_model(tiny_pretrain_config(place), lambda text: None)
