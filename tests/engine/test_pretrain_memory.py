@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ needs_zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 SIZES = Sizes(40_000_000, 40_000_000, 10_000_000, 10_000_000, 20_000_000, 30_000_000, 0, 5000, 16)
 
 
-def test_a_pass_counts_large_blocks_and_what_stays_in_the_heap():
+def a_pass_counts_large_blocks_and_what_stays_in_the_heap():
     """Four layers without bias over many rows: inputs of 40 MB, of which the backward pass needs three, and gradients;
     then so many rows that all blocks are small and the heap keeps them."""
     width = 320
@@ -32,14 +34,14 @@ def test_a_pass_counts_large_blocks_and_what_stays_in_the_heap():
         assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_large_gradient_stays_where_it_is():
+def a_large_gradient_stays_where_it_is():
     table = nn.Linear(3000, 3000, bias=False)
     x = torch.randn(2, 3000)
     found = measured(lambda: table(x).sum(), table)
     assert found.curve[-1] == (0, 4 * 9_000_000) and found.large(1.0) >= 4 * 9_000_000
 
 
-def test_what_is_freed_is_given_back():
+def what_is_freed_is_given_back():
     give_back()
     before = resident_bytes()
     held = [torch.ones(100_000) for _ in range(100)]
@@ -47,6 +49,25 @@ def test_what_is_freed_is_given_back():
     del held
     give_back()
     assert resident_bytes() - before < 1e7
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A process without other tests' tensors, which may be larger than what of them is in memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        a_pass_counts_large_blocks_and_what_stays_in_the_heap,
+        a_large_gradient_stays_where_it_is,
+        what_is_freed_is_given_back,
+    ],
+)
+def test_memory_of_a_process(alone, check):
+    alone.submit(check).result(timeout=120)
 
 
 def states(terms, *names):
