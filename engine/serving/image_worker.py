@@ -34,7 +34,7 @@ def main(preprocess: PreprocessConfig, limits: ImageLimits, memory: int) -> None
     answers = os.fdopen(os.dup(1), "wb")
     if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
         for pipe in (0, answers.fileno()):
-            with contextlib.suppress(OSError):  # where the system allows no more, an image takes several writes
+            with contextlib.suppress(OSError):  # a socket, or no more is allowed: an image takes several writes
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)

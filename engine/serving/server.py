@@ -1,105 +1,28 @@
-"""The server's sockets: uvicorn, with a deadline for headers and a way to stop that leaves nobody unanswered.
+"""The server: uvicorn, with a way to stop that leaves nobody unanswered.
 
-Knows connections and signals; does not know routes.
+Knows its listening socket and signals; does not know routes.
 """
 
 import asyncio
 import resource
 import socket
-import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from miss.engine.serving import logs
 from miss.engine.serving.app import create_app
 from miss.engine.serving.auth import is_loopback
+from miss.engine.serving.connection import protocol
 from miss.engine.serving.settings import Settings
 
-MAX_HEADERS = 64 << 10
-UNREAD = (
-    128 << 10
-)  # bytes that the system may hold for a client; by itself it grows to megabytes, which hide who reads not
+LOOP = "asyncio" if sys.platform == "win32" else "uvloop"  # there is no uvloop for Windows
 LAST_WORDS = 0.2  # seconds in which those who ask a server that stops are told so
-
-
-def protocol(header_timeout: float, write_timeout: float) -> type[H11Protocol]:
-    """uvicorn's HTTP over h11, that closes a connection whose request headers take longer than so many seconds, or
-    whose client takes longer to read what was written.
-
-    The time of headers runs from the connection's beginning, later from a request's first byte; it is not begun anew by
-    bytes that trickle. That of reading runs while anything waits to be taken, a whole answer too, after which uvicorn
-    alone would wait without end. uvicorn's own keep-alive time ends connections that are idle between requests.
-    """
-
-    class Deadlined(H11Protocol):
-        _late: asyncio.TimerHandle | None = None
-        _unread: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            # asyncio sets it only where a socket's protocol is named; without it a response on a kept one took 44 ms.
-            plain = transport.get_extra_info("socket")
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
-            transport.set_write_buffer_limits(high=0)  # paused: the system's own buffer is full, something is unread
-            self._late = self.loop.call_later(header_timeout, self._close)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            self._stop()
-            self._read()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._unread = self.loop.call_later(write_timeout, self._drop)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._read()
-
-        def _drop(self) -> None:
-            """With what the system holds for the client, too, which would go on for as long as that reads."""
-            plain = self.transport.get_extra_info("socket")
-            plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
-
-        def _read(self) -> None:
-            if self._unread is not None:
-                self._unread.cancel()
-                self._unread = None
-
-        def _watch(self) -> None:
-            begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
-            if not begun:
-                self._stop()
-            elif self._late is None:
-                self._late = self.loop.call_later(header_timeout, self._close)
-
-        def _stop(self) -> None:
-            if self._late is not None:
-                self._late.cancel()
-                self._late = None
-
-        def _close(self) -> None:
-            if not self.transport.is_closing():
-                self.transport.abort()
-
-    return Deadlined
 
 
 class Server(uvicorn.Server):
@@ -113,9 +36,9 @@ class Server(uvicorn.Server):
         options: dict[str, Any] = {
             **{"http": protocol(settings.header_timeout, settings.write_timeout), "ws": "none"},
             **{"host": settings.host, "port": settings.port},
-            **{"loop": "asyncio"},  # what is tested, whether or not an extra brings another one
+            **{"loop": LOOP},
             **{"lifespan": "on", "log_config": None, "access_log": False, "server_header": False},
-            **{"proxy_headers": False, "backlog": 4096, "h11_max_incomplete_event_size": MAX_HEADERS},
+            **{"proxy_headers": False, "backlog": 4096},
             **{"timeout_keep_alive": settings.keep_alive, "timeout_graceful_shutdown": 2},
         }
         super().__init__(uvicorn.Config(self.app, **options))

@@ -9,7 +9,17 @@ from tests.engine.answering import write_checkpoint
 
 MISSING = [
     name
-    for name in ("fastapi", "uvicorn", "prometheus_client", "multipart", "httpx", "openai", "psutil")
+    for name in (
+        "fastapi",
+        "uvicorn",
+        "httptools",
+        "pybase64",
+        "prometheus_client",
+        "multipart",
+        "httpx",
+        "openai",
+        "psutil",
+    )
     if not importlib.util.find_spec(name)
 ]
 collect_ignore_glob = ["test_*.py"] if MISSING else []
