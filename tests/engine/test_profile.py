@@ -62,8 +62,8 @@ def test_parts_of_an_answer_add_up(engine):
         *("prepare", "image", "question", "decode"),
         OUTSIDE,
     ]
-    # Medians of single spans are not the median of the whole; on a machine with other work they part further.
-    assert found.recorded == pytest.approx(found.seconds, rel=0.1)
+    once = profile(lambda: ask(engine), CPU, repeats=1)  # of several, medians of spans are not the median of the whole
+    assert once.recorded == pytest.approx(once.seconds, rel=1e-6)
     assert all(p.seconds >= 0 for p in found.parts if p.op)
     image = sum(p.flops for p in found.parts if p.stage == "image")
     assert image > 5e9  # miss-small's ViT has 11 GFLOP
