@@ -184,7 +184,7 @@ def protocol(header_timeout: float, write_timeout: float) -> type[HttpToolsProto
                 self._late = None
 
         def _close(self) -> None:
-            """At once; what is being answered is told first, as uvloop takes a write after it for a mistake."""
+            """At once, and what is being answered learns of it: with uvloop a write to it would be an error."""
             self._disconnect()
             self.transport.abort()
 

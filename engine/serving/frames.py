@@ -22,7 +22,9 @@ def _pack(message: dict[str, Any], num_data: int) -> bytes:
 
 
 def write(writer: asyncio.StreamWriter, message: dict[str, Any], data: bytes = b"") -> None:
-    """Puts a frame into the writer's buffer."""
+    """Puts a frame into the writer's buffer; nothing where the other side has ended, which its reader is told."""
+    if writer.is_closing():  # an error with uvloop
+        return
     if len(data) < TOGETHER:
         writer.write(_pack(message, len(data)) + data)
     else:

@@ -96,6 +96,8 @@ class Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         line = json.dumps({"bytes": len(data), **asked}).encode() + b"\n"
         try:
+            if self.process.stdin.is_closing():  # a write would be an error with uvloop
+                raise WorkerEnded
             self.process.stdin.writelines([line, data])
             await self.process.stdin.drain()
             kind, size = HEADER.unpack(await self.process.stdout.readexactly(HEADER.size))

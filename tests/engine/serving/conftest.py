@@ -12,6 +12,7 @@ MISSING = [
     for name in (
         "fastapi",
         "uvicorn",
+        "uvloop",
         "httptools",
         "pybase64",
         "prometheus_client",

@@ -1,11 +1,13 @@
 """What a connection carries: offers of other protocols, several requests at once, trailers, and what is no HTTP."""
 
 import json
+import socket
 import time
 
 import pytest
+import uvicorn
 
-from miss.engine.serving.connection import MAX_HEADERS, MAX_PIPELINED
+from miss.engine.serving.connection import MAX_HEADERS, MAX_PIPELINED, protocol
 from tests.engine.serving.harness import data_url, png, read_all, wait
 
 OFFER = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
@@ -106,6 +108,24 @@ def test_whoever_leaves_before_the_first_of_several_is_answered_costs_no_error(s
     after = server.law()
     assert all(after[name] == before.get(name, 0) for name in after if "failed" in name)
     assert after["miss:requests_received_total"] <= before["miss:requests_received_total"] + 3 * 5
+
+
+def test_an_answer_to_a_connection_that_just_broke_is_no_error(caplog):
+    """Its head could not be written; the body follows before anybody is told."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+        next(iter(one.server_state.connections)).transport.abort()
+        await send({"type": "http.response.body", "body": b"a"})
+        one.should_exit = True
+
+    config = uvicorn.Config(app, http=protocol(5, 5), loop="uvloop", lifespan="off", log_config=None)
+    one = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        client = socket.create_connection(listening.getsockname())
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        one.run([listening])
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], caplog.text
 
 
 def test_garbage_after_a_request_is_not_answered_in_its_place(server):

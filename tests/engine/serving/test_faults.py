@@ -139,6 +139,8 @@ def vanishing(server, count):
     after = server.law()
     name = 'miss:requests_ended_total{outcome="cancelled"}'
     assert after[name] - before[name] > count / 4
+    failed = 'miss:requests_ended_total{outcome="failed"}'
+    assert after[failed] == before[failed]
     assert server.vqa(image, "ct").status_code == 200
 
 

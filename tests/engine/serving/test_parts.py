@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ from miss.engine.serving import frames
 from miss.engine.serving.admission import Admission
 from miss.engine.serving.auth import Auth, is_loopback
 from miss.engine.serving.image_worker import answer
-from miss.engine.serving.images import BURNED_IN, ImagePool, Worker
+from miss.engine.serving.images import BURNED_IN, ImagePool, Worker, WorkerEnded
 from miss.engine.serving.logs import LOGGER, JsonLines
 from miss.engine.serving.problems import OF_IMAGES, PROBLEMS, Refused
 from miss.engine.serving.settings import Settings
@@ -44,7 +45,7 @@ def with_pool(use, **settings):
             await pool.close()
 
     ended = []
-    return asyncio.run(main()), ended
+    return uvloop.run(main()), ended  # as the server does
 
 
 def test_pixels_are_those_of_the_engine_s_own_decoding_and_are_kept():
@@ -55,6 +56,22 @@ def test_pixels_are_those_of_the_engine_s_own_decoding_and_are_kept():
     (together, again, hits), ended = with_pool(use)
     truth = stretch(decode_image(data), PREPROCESS).tobytes()
     assert together == [truth] * 3 and again == truth and hits == 1 and not ended
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_process_that_has_ended_says_so_whether_or_not_that_was_noticed(run, told):
+    async def main():
+        worker = await Worker.start(asdict(PREPROCESS), Settings())
+        worker.process.kill()
+        end = time.monotonic() + 5
+        while told and not worker.process.stdin.is_closing() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        with pytest.raises(WorkerEnded):
+            await worker.ask(png(1), {"frame": None, "window": None, "facts": False})
+        await worker.kill()
+
+    run(main())
 
 
 def test_memory_is_bounded_in_the_process_and_the_next_image_is_decoded():
@@ -232,6 +249,23 @@ def test_frames_arrive_as_they_were_written(message, data):
         assert found == [(message, data), ({"op": "next"}, b""), (message, b"")]
         with pytest.raises(EOFError):
             frames.receive(theirs)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_frame_to_one_that_has_ended_goes_nowhere(run):
+    async def main():
+        reader, writer = await asyncio.open_connection(sock=ours)
+        theirs.close()
+        for _ in range(3):
+            frames.write(writer, {"op": "stats"}, b"a" * 100_000)
+            await asyncio.sleep(0.01)
+        with pytest.raises((EOFError, OSError)):
+            await frames.read(reader)
+        frames.write(writer, {"op": "stats"})
+        writer.close()
+
+    ours, theirs = socket.socketpair()
+    run(main())
 
 
 @pytest.mark.parametrize("sent", [b"\x02", frames.LENGTHS.pack(2, 9) + b"{}half", frames.LENGTHS.pack(1 << 31, 0)])
