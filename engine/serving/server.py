@@ -36,7 +36,8 @@ class Server(uvicorn.Server):
         options: dict[str, Any] = {
             **{"http": protocol(settings.header_timeout, settings.write_timeout), "ws": "none"},
             **{"host": settings.host, "port": settings.port},
-            **{"loop": LOOP},
+            # uvloop starts processes by a fork, on which Ray's gRPC prints a line each time; asyncio by vfork.
+            **{"loop": "asyncio" if settings.ray_replicas else LOOP},
             **{"lifespan": "on", "log_config": None, "access_log": False, "server_header": False},
             **{"proxy_headers": False, "backlog": 4096},
             **{"timeout_keep_alive": settings.keep_alive, "timeout_graceful_shutdown": 2},

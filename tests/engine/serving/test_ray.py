@@ -205,4 +205,4 @@ def test_no_question_is_in_ray_s_logs_and_the_end_is_clean(served):
     assert served.terminate() == 0
     errors = served.err.read_text()
     assert CANARY not in errors and "SIGTERM received" not in errors
-    assert all(line.startswith("{") for line in errors.splitlines()), errors[-2000:]
+    assert not [line for line in errors.splitlines() if not line.startswith("{")]
