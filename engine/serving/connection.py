@@ -16,7 +16,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEADERS = 64 << 10  # bytes of a request line and headers, of trailers, or of a chunk's own line
-MAX_PIPELINED = 128  # requests that are sent before the answer to an earlier one
+MAX_PIPELINED = 32  # requests that are sent before the answer to an earlier one
 # Bytes that the system may hold for a client; by itself it grows to megabytes, which hide who reads not.
 UNREAD = 128 << 10
 UPGRADE = frozenset({b"upgrade", b"http2-settings"})

@@ -73,7 +73,7 @@ async def main(given):
         "headers": (trickle, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "),
         "body": (trickle, HEAD.format(100_000).encode()),
         "reader": (unread, HEAD.format(len(given["large"])).encode() + given["large"].encode()),
-        "pipeline": (unread, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100),
+        "pipeline": (unread, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 30),
     }
     clients = [(kind, *kinds[kind]) for kind, number in given["clients"].items() for _ in range(number)]
     acts = [again(act, text, given, n, len(clients)) for n, (_, act, text) in enumerate(clients)]
