@@ -76,9 +76,7 @@ def protocol(header_timeout: float, write_timeout: float) -> type[HttpToolsProto
                 try:
                     self.parser.feed_data(data)
                     return
-                except (
-                    httptools.HttpParserUpgrade
-                ) as stopped:  # after the headers, and takes the rest for another protocol
+                except httptools.HttpParserUpgrade as stopped:  # behind the headers: the rest is another protocol's
                     if self.parser.get_method() == b"CONNECT":
                         raise BadMessage from None
                     rest, head = data[stopped.args[0] :], self._head()
@@ -95,11 +93,8 @@ def protocol(header_timeout: float, write_timeout: float) -> type[HttpToolsProto
         def _refuse(self) -> None:
             """With 400, where it cannot be taken for the answer to a request that was sent before and is none yet."""
             cycle = self.cycle
-            if (
-                cycle is None
-                or cycle.response_complete
-                or (cycle.more_body and not cycle.response_started and not self.pipeline)
-            ):
+            reading = cycle is not None and cycle.more_body and not cycle.response_started and not self.pipeline
+            if cycle is None or cycle.response_complete or reading:
                 self.send_400_response("Invalid HTTP request received.")
             else:
                 self._close()
